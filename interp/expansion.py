@@ -74,9 +74,7 @@ def expand_images(
     return Expanded(
         texts,
         {name: value for name, value in processed.items() if name not in _OF_THE_TEXT},
-        (lambda ids: processor.create_mm_token_type_ids([ids])[0])
-        if "mm_token_type_ids" in processed
-        else None,
+        (lambda ids: processor.create_mm_token_type_ids([ids])[0]) if "mm_token_type_ids" in processed else None,
     )
 
 
@@ -148,9 +146,7 @@ def _align(
         ends = [found.end() for found in re.finditer(image, block)]
         per_image, rest = divmod(len(ends), count)
         if rest:
-            raise InputError(
-                f"{processor_name} writes adjacent images of unequal length, which cannot be told apart."
-            )
+            raise InputError(f"{processor_name} writes adjacent images of unequal length, which cannot be told apart.")
         cuts = [0, *(ends[per_image * k - 1] for k in range(1, count)), len(block)]
         shares += [block[first:last] for first, last in itertools.pairwise(cuts)]
     return shares

@@ -55,9 +55,7 @@ def resize_official(image: Image.Image, width: int = OFFICIAL_WIDTH) -> Image.Im
     """
     height = int(width / image.width * image.height)
     if height < 1:
-        raise InputError(
-            f"An image of {image.width} x {image.height} pixels has no row left at width {width}."
-        )
+        raise InputError(f"An image of {image.width} x {image.height} pixels has no row left at width {width}.")
     return image.resize((width, height))
 
 

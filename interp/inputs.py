@@ -157,8 +157,7 @@ def _check(prompt: Prompt, row: int, placeholders: set[str], processor: Any) -> 
                 )
     if prompt.images and processor is None:
         raise InputError(
-            f"Prompt {row} has {len(prompt.images)} image(s), but this model reads text only: it has no "
-            "processor."
+            f"Prompt {row} has {len(prompt.images)} image(s), but this model reads text only: it has no processor."
         )
 
 
@@ -173,9 +172,7 @@ def _in_chat(prompt: Prompt, tokenizer: Any, processor: Any, image_token: str) -
     )
     pieces = rendered.split(_CHAT_SLOT)
     if len(pieces) != 2:
-        raise InputError(
-            f"The chat template writes the prompt {len(pieces) - 1} times, not once: {rendered!r}"
-        )
+        raise InputError(f"The chat template writes the prompt {len(pieces) - 1} times, not once: {rendered!r}")
     if image_token in rendered:
         raise InputError(f"The chat template adds an image of its own: {rendered!r}")
     before, after = (

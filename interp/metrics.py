@@ -79,9 +79,7 @@ def squad_f1(prediction: str, answers: str | Sequence[str]) -> float:
     Returns:
         Between 0 and 1; 1 if both are empty once normalised.
     """
-    return max(
-        _f1(squad_normalise(prediction).split(), squad_normalise(a).split()) for a in _answers(answers)
-    )
+    return max(_f1(squad_normalise(prediction).split(), squad_normalise(a).split()) for a in _answers(answers))
 
 
 def first_word_match(prediction: str, answers: str | Sequence[str]) -> bool:
@@ -93,9 +91,7 @@ def first_word_match(prediction: str, answers: str | Sequence[str]) -> bool:
     return bool(words) and any(squad_normalise(a).split()[:1] == words[:1] for a in _answers(answers))
 
 
-def score_rows(
-    predictions: Sequence[str], items: Sequence[Any], **columns: Any
-) -> list[dict[str, str | bool | float]]:
+def score_rows(predictions: Sequence[str], items: Sequence[Any], **columns: Any) -> list[dict[str, str | bool | float]]:
     """Score every prediction by every string metric: one row per item, for a table.
 
     Args:
@@ -202,9 +198,7 @@ def answer_log_prob(
         InputError: a row without answer tokens, or an answer at the very start, which nothing predicts.
     """
     if len(positions) != len(input_ids):
-        raise ShapeError(
-            f"There are positions for {len(positions)} rows, but {len(input_ids)} rows of inputs."
-        )
+        raise ShapeError(f"There are positions for {len(positions)} rows, but {len(input_ids)} rows of inputs.")
     totals, firsts = [], []
     for row, tokens in enumerate(positions):
         if not tokens or min(tokens) < 1:
@@ -274,9 +268,7 @@ class Interval:
 Scores = Shaped[np.ndarray, "..."] | Sequence[Any]
 
 
-def bootstrap_interval(
-    values: Scores, *, seed: int, confidence: float = 0.95, n_resamples: int = 2000
-) -> Interval:
+def bootstrap_interval(values: Scores, *, seed: int, confidence: float = 0.95, n_resamples: int = 2000) -> Interval:
     """Percentile bootstrap interval of a mean.
 
     Args:
@@ -364,14 +356,10 @@ def _f1(given: list[str], answer: list[str]) -> float:
     return 2 * shared / (len(given) + len(answer))
 
 
-def _token_ids(
-    token_ids: Tensor | Sequence[int], logits: Float[Tensor, "batch vocab"]
-) -> Int[Tensor, " batch"]:
+def _token_ids(token_ids: Tensor | Sequence[int], logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
     ids = torch.as_tensor(token_ids, device=logits.device)
     if ids.shape != logits.shape[:1]:
-        raise ShapeError(
-            f"{tuple(ids.shape)} token ids for logits of shape {tuple(logits.shape)}: one per row."
-        )
+        raise ShapeError(f"{tuple(ids.shape)} token ids for logits of shape {tuple(logits.shape)}: one per row.")
     vocab = logits.shape[1]
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise InputError(f"Token ids must lie between 0 and {vocab - 1}: {ids.tolist()}.")

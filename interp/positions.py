@@ -128,8 +128,7 @@ def _row(at: Any, layout: Layout, row: int) -> list[int]:
         return [index for one in at for index in _row(one, layout, row)]
     if isinstance(at, bool) or not hasattr(at, "__index__"):
         raise InputError(
-            f"{at!r} is no position. Use 'last', the name of a segment, an integer, a slice, or a list of "
-            "these."
+            f"{at!r} is no position. Use 'last', the name of a segment, an integer, a slice, or a list of these."
         )
     index = operator.index(at)
     if not -layout.length <= index < layout.length:

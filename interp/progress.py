@@ -18,6 +18,11 @@ def in_jupyter() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
+def visible() -> bool:
+    """Say whether anybody would see a bar: on a terminal, or in a notebook."""
+    return in_jupyter() or sys.stderr.isatty()
+
+
 def progress(total: int | None, description: str) -> tqdm:
     """Open a progress bar that is moved by hand.
 
@@ -59,4 +64,4 @@ def _bar(iterable: Iterable[Any] | None, description: str, total: int | None) ->
         from tqdm.notebook import tqdm as notebook_tqdm
 
         return notebook_tqdm(iterable, desc=description, total=total)
-    return tqdm(iterable, file=sys.stderr, disable=not sys.stderr.isatty(), **settings)
+    return tqdm(iterable, file=sys.stderr, disable=not visible(), **settings)

@@ -290,9 +290,7 @@ class ReadAt:
         if query is not None:
             return few_shot(examples, query, template=template), at
         if self.after_query:
-            raise InputError(
-                f"{self.name!r} reads at the delimiter of a query after the examples: give a query."
-            )
+            raise InputError(f"{self.name!r} reads at the delimiter of a query after the examples: give a query.")
         return few_shot(examples[:-1], examples[-1][0], template=template), at
 
 
@@ -321,6 +319,4 @@ def _input_segment(x: str | ImageLike) -> Segment:
         return Segment("input", text=x)
     if isinstance(x, Image.Image | Path):
         return Segment("image", image=x, alias="input")
-    raise InputError(
-        f"An example's input is a text (str) or an image (PIL image or Path), not {type(x).__name__}."
-    )
+    raise InputError(f"An example's input is a text (str) or an image (PIL image or Path), not {type(x).__name__}.")

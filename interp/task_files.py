@@ -87,9 +87,7 @@ def _json_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for index, record in enumerate(content):
         where = f"{path}, item {index}"
         if not isinstance(record, dict):
-            raise InputError(
-                f"{where} must be an object with 'input' and 'output', not {type(record).__name__}."
-            )
+            raise InputError(f"{where} must be an object with 'input' and 'output', not {type(record).__name__}.")
         _need_columns(record, where)
         records.append((where, record))
     return records

@@ -81,9 +81,7 @@ def specification_prompts(
         InputError: draws of different lengths, or none.
     """
     if isinstance(method, str) and method not in READ_AT:
-        raise UnknownNameError(
-            f"Unknown method {method!r}. {nearest(method, READ_AT)} Known: {', '.join(READ_AT)}."
-        )
+        raise UnknownNameError(f"Unknown method {method!r}. {nearest(method, READ_AT)} Known: {', '.join(READ_AT)}.")
     preset = READ_AT[method] if isinstance(method, str) else method
     append = preset.after_query if with_query is None else with_query
     built = [
@@ -96,9 +94,7 @@ def specification_prompts(
     ]
     positions = {at for _, at in built}
     if len(positions) != 1:
-        raise InputError(
-            f"The draws must all have the same number of exemplars; they read at {sorted(positions)}."
-        )
+        raise InputError(f"The draws must all have the same number of exemplars; they read at {sorted(positions)}.")
     return [prompt for prompt, _ in built], positions.pop()
 
 

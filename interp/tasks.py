@@ -142,14 +142,10 @@ def load_task(
         if test_path is not None:
             raise InputError("Give a folder with a task's name, or two files, not both.")
         if name is None:
-            raise InputError(
-                f"{str(path)!r} is a folder: give the name of a task. It has: {_in_folder(path)}."
-            )
+            raise InputError(f"{str(path)!r} is a folder: give the name of a task. It has: {_in_folder(path)}.")
         if not (path / f"{name}_val.json").is_file():
             hint = nearest(name, _names_in_folder(path))
-            raise UnknownNameError(
-                f"There is no task {name!r} in {str(path)!r}. {hint} It has: {_in_folder(path)}."
-            )
+            raise UnknownNameError(f"There is no task {name!r} in {str(path)!r}. {hint} It has: {_in_folder(path)}.")
         path, test_path = path / f"{name}_val.json", path / f"{name}_test.json"
     root = None if image_root is None else Path(image_root)
     rows = read_rows(path, image_root=root, check_images=check_images)
@@ -235,9 +231,7 @@ def shuffled_labels(items: Sequence[Item], *, seed: int | np.random.Generator) -
     for index, item in enumerate(items):
         groups.setdefault(item.output, []).append(index)
     if len(groups) < 2:
-        raise InputError(
-            f"Cannot shuffle the labels of {len(items)} item(s) that have {len(groups)} answer(s)."
-        )
+        raise InputError(f"Cannot shuffle the labels of {len(items)} item(s) that have {len(groups)} answer(s).")
     generator = np.random.default_rng(seed)
     members = list(groups.values())
     order = [int(i) for g in generator.permutation(len(members)) for i in generator.permutation(members[g])]
@@ -245,8 +239,7 @@ def shuffled_labels(items: Sequence[Item], *, seed: int | np.random.Generator) -
     longest = max(len(group) for group in members)
     donor = dict(zip(order, np.roll(order, -longest).tolist(), strict=True))
     return tuple(
-        replace(item, output=items[donor[i]].output, aliases=items[donor[i]].aliases)
-        for i, item in enumerate(items)
+        replace(item, output=items[donor[i]].output, aliases=items[donor[i]].aliases) for i, item in enumerate(items)
     )
 
 
@@ -287,8 +280,7 @@ def _ids(rows: Sequence[Row]) -> list[str]:
 
 def _items(rows: Sequence[Row], ids: Sequence[str]) -> tuple[Item, ...]:
     return tuple(
-        Item(row.input, row.output, row.image, row.aliases, identity)
-        for row, identity in zip(rows, ids, strict=True)
+        Item(row.input, row.output, row.image, row.aliases, identity) for row, identity in zip(rows, ids, strict=True)
     )
 
 

@@ -50,9 +50,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator((word for text in CORPUS for word in text.split()), trainer)
     tokenizer.post_processor = _starts_with_bos()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return _fast(tokenizer)
 
 

@@ -60,9 +60,7 @@ def test_inputs_equal_the_processors_own(tokenizer) -> None:
     processor = llava_processor(tokenizer)
     inputs = prepare(PROMPTS, tokenizer=tokenizer, processor=processor)
     images = [image for prompt in PROMPTS for image in prompt.images]
-    expected = processor(
-        text=[prompt.text for prompt in PROMPTS], images=images, return_tensors="pt", padding=True
-    )
+    expected = processor(text=[prompt.text for prompt in PROMPTS], images=images, return_tensors="pt", padding=True)
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
     for name, value in inputs.items():
         assert torch.equal(value, expected[name]), name
@@ -270,9 +268,7 @@ def test_names_that_a_prompt_lacks(tokenizer) -> None:
 
 CHAT = "{{ bos_token }}{% for m in messages %}USER: {{ CONTENT }} {% endfor %}ASSISTANT:"
 OF_TEXT = CHAT.replace("CONTENT", "m['content'] | trim")
-OF_PARTS = CHAT.replace("CONTENT", "m['content'] | map(attribute='text') | join").replace(
-    "{{ bos_token }}", ""
-)
+OF_PARTS = CHAT.replace("CONTENT", "m['content'] | map(attribute='text') | join").replace("{{ bos_token }}", "")
 
 
 def test_chat_of_a_tokenizer(tokenizer) -> None:
@@ -342,9 +338,7 @@ def idefics2_processor(tokenizer, splitting: bool = False) -> Idefics2Processor:
 def idefics3_processor(tokenizer) -> Idefics3Processor:
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<global-img>", *tiles]})
-    image_processor = Idefics3ImageProcessorPil(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
-    )
+    image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     return Idefics3Processor(image_processor, tokenizer, image_seq_len=2)
 
 
@@ -399,9 +393,7 @@ def test_other_families(make) -> None:
         alone = [one(query(image), tokenizer, processor=processor)["input_ids"] for image in (RED, GREEN)]
         assert counts == [ids.eq(image_id).sum() for ids in alone]
         assert sum(counts) == total
-        first, second = (
-            resolve(f"image[{k}]", inputs.layout[row : row + 1], inputs.seq_len)[0] for k in (0, 1)
-        )
+        first, second = (resolve(f"image[{k}]", inputs.layout[row : row + 1], inputs.seq_len)[0] for k in (0, 1))
         assert first[-1] < second[0]
     assert text_at(inputs, "caption", tokenizer, 1) == "fox"
     assert text_at(inputs, "output[0]", tokenizer, 0) == "Paris"
@@ -462,9 +454,7 @@ def test_too_long_prompts_are_refused_with_their_length(tokenizer) -> None:
     prompts = ["Q:", query(RED)]
     length = prepare(prompts, tokenizer=tokenizer, processor=processor).seq_len
     assert prepare(prompts, tokenizer=tokenizer, processor=processor, max_length=length).seq_len == length
-    with pytest.raises(
-        InputError, match=rf"Prompt 1 has {length} tokens \(1 image.*at most {length - 1} fit"
-    ):
+    with pytest.raises(InputError, match=rf"Prompt 1 has {length} tokens \(1 image.*at most {length - 1} fit"):
         prepare(prompts, tokenizer=tokenizer, processor=processor, max_length=length - 1)
 
 

@@ -21,7 +21,7 @@ def run_script(stderr: int) -> subprocess.CompletedProcess[str]:
         stderr=stderr,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -77,9 +77,7 @@ def test_csv_and_json_say_the_same(tmp_path: Path) -> None:
 
 
 def test_two_files(tmp_path: Path) -> None:
-    loaded = load_task(
-        write_json(tmp_path / "a.json", rows(3)), write_json(tmp_path / "b.json", rows(2, 3)), name="x"
-    )
+    loaded = load_task(write_json(tmp_path / "a.json", rows(3)), write_json(tmp_path / "b.json", rows(2, 3)), name="x")
     assert (len(loaded.validation), len(loaded.test), loaded.name, loaded.instruction) == (3, 2, "x", "")
 
 

@@ -1,0 +1,203 @@
+"""What a capture returns: named tensors with named axes."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from interp.errors import InputError, ShapeError, UnknownNameError, nearest
+from interp.hooks import Tap, gradients_of
+from interp.sites import match, parse
+
+
+# Not Mapping[str, Tensor]: run-time checkers would look inside, and stacking calls of different shapes
+# raises.
+class Activations(Mapping):
+    """Captured activations, a mapping from site name to tensor.
+
+    A site that ran once gives its tensor; one that ran several times (decoding, denoising) gives its calls
+    stacked on a leading ``step`` axis. `axes` names the axes of each.
+
+    Args:
+        calls: for every site, one tensor per call.
+        axes: for every site, the axes of one call.
+        output: the model's own output object, when there was one forward.
+        taps: the taps behind the tensors, when gradients can be asked for.
+    """
+
+    def __init__(
+        self,
+        calls: Mapping[str, list[Tensor]],
+        axes: Mapping[str, tuple[str, ...]],
+        output: Any = None,
+        taps: tuple[Tap, ...] = (),
+    ) -> None:
+        self._calls = {site: list(tensors) for site, tensors in calls.items()}
+        self._axes = dict(axes)
+        self._stacked: dict[str, Tensor] = {}
+        self._taps = taps
+        self.output = output
+
+    def __getitem__(self, site: str) -> Tensor:
+        """The activation at a site, calls stacked on a leading step axis if there were several.
+
+        Raises:
+            UnknownNameError: the site was not captured.
+            ShapeError: its calls have different shapes.
+        """
+        if site not in self._calls:
+            raise UnknownNameError(f"{site!r} was not captured. {nearest(site, self._calls)}".rstrip())
+        if site not in self._stacked:
+            tensors = self._calls[site]
+            if len({tensor.shape for tensor in tensors}) > 1:
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:4])
+                raise ShapeError(
+                    f"{site} ran {len(tensors)} times with different shapes ({shapes}, ...): capture one "
+                    "token per call "
+                    "(at='last'), or take them apart with .calls(site)"
+                )
+            self._stacked[site] = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+        return self._stacked[site]
+
+    def __iter__(self) -> Iterator[str]:
+        """Site names, in the order asked for."""
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        """How many sites there are."""
+        return len(self._calls)
+
+    def __repr__(self) -> str:
+        lines = [f"Activations with {len(self)} sites"]
+        for site, tensors in self._calls.items():
+            shape = (
+                tuple(tensors[0].shape) if len(tensors) == 1 else f"{len(tensors)} calls of {tuple(tensors[0].shape)}"
+            )
+            lines.append(f"  {site}: {shape} {'·'.join(self.axes(site))}")
+        return "\n".join([*lines[:20], f"  ... {len(lines) - 20} more"] if len(lines) > 21 else lines)
+
+    def calls(self, site: str) -> list[Tensor]:
+        """One tensor per call of a site, whatever their shapes."""
+        if site not in self._calls:
+            raise UnknownNameError(f"{site!r} was not captured. {nearest(site, self._calls)}".rstrip())
+        return list(self._calls[site])
+
+    def axes(self, site: str) -> tuple[str, ...]:
+        """Names of the axes of ``self[site]``."""
+        return ("step", *self._axes[site]) if len(self.calls(site)) > 1 else self._axes[site]
+
+    def stack(self, leaf: str, tower: str = "") -> Float[Tensor, "layer ..."]:
+        """One kind of activation from every captured layer.
+
+        Args:
+            leaf: the name after ``blocks.N.``, such as ``hook_resid_post`` or ``attn.hook_z``.
+            tower: ``"vision"`` for the vision tower; empty for the language model.
+
+        Returns:
+            A tensor with a leading layer axis, in layer order.
+
+        Raises:
+            UnknownNameError: no captured layer has it.
+        """
+        layers = [
+            (parsed.layer, site)
+            for site in self
+            if (parsed := parse(site)) and parsed.layer is not None and (parsed.tower, parsed.leaf) == (tower, leaf)
+        ]
+        if not layers:
+            leaves = [parsed.leaf for site in self if (parsed := parse(site))]
+            raise UnknownNameError(f"no captured layer has {leaf!r}. {nearest(leaf, leaves)}".rstrip())
+        return torch.stack([self[site] for _, site in sorted(layers)])
+
+    def layers(self, leaf: str, tower: str = "") -> list[int]:
+        """Which layers `stack` stacks."""
+        parsed = [p for site in self if (p := parse(site)) and (p.tower, p.leaf) == (tower, leaf)]
+        return sorted(p.layer for p in parsed if p.layer is not None)
+
+    def select(self, pattern: str) -> "Activations":
+        """The captured sites that a name or pattern selects."""
+        sites = match(pattern, self)
+        return Activations({s: self._calls[s] for s in sites}, {s: self._axes[s] for s in sites}, self.output)
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Activations":
+        """A copy on another device or in another dtype."""
+        moved = {site: [t.to(device=device, dtype=dtype) for t in tensors] for site, tensors in self._calls.items()}
+        return Activations(moved, self._axes, self.output)
+
+    def gradients(self, metric: Float[Tensor, "..."]) -> "Activations":
+        """Gradient of a scalar with respect to every captured site, selected as the captures are.
+
+        Args:
+            metric: computed from ``self.output`` (or from the activations), a single number with a graph.
+
+        Raises:
+            InputError: the capture was made without ``grad=True``, or the metric is not a single number with
+                a graph.
+            NeverFiredError: a site that the metric does not depend on.
+        """
+        if not self._taps:
+            raise InputError("these activations have no graph: capture them with grad=True")
+        if metric.numel() != 1 or not metric.requires_grad:
+            raise InputError(f"the metric must be one number with a graph, not a tensor of shape {tuple(metric.shape)}")
+        by_site = zip(self._taps, gradients_of(metric.sum(), self._taps), strict=True)
+        return Activations({tap.place.site: grads for tap, grads in by_site}, self._axes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the tensors to ``path.safetensors`` and the axes beside them to ``path.json``."""
+        tensors_file, about_file = _files(path)
+        tensors_file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{site}#{i}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for site in self
+            for i, tensor in enumerate(self._calls[site])
+        }
+        save_file(tensors, tensors_file)
+        about = {site: {"axes": self._axes[site], "calls": len(self._calls[site])} for site in self}
+        about_file.write_text(json.dumps(about, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Activations":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        tensors_file, about_file = _files(path)
+        for file in (tensors_file, about_file):
+            if not file.is_file():
+                raise InputError(f"no activations at {str(file)!r}: a saved set is a .safetensors and a .json file")
+        try:
+            tensors = load_file(tensors_file)
+            about = json.loads(about_file.read_text())
+            calls = {site: [tensors[f"{site}#{i}"] for i in range(a["calls"])] for site, a in about.items()}
+            return cls(calls, {site: tuple(a["axes"]) for site, a in about.items()})
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the activations at {str(path)!r} are damaged: {error}") from error
+
+
+def _files(path: str | Path) -> tuple[Path, Path]:
+    stem = str(path).removesuffix(".safetensors").removesuffix(".json")
+    return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
+
+
+def from_taps(taps: list[Tap], output: Any = None) -> Activations:
+    """Activations of a finished session.
+
+    Args:
+        taps: taps that have caught something.
+        output: the model's output.
+    """
+    calls, axes = {}, {}
+    for tap in taps:
+        calls[tap.place.site] = tap.caught
+        names = tap.place.axes
+        if tap.caught and tap.caught[0].ndim == len(names) - 1:
+            names = tuple(name for name in names if name not in ("pos", "query"))
+        axes[tap.place.site] = names
+    return Activations(calls, axes, output, tuple(tap for tap in taps if tap.grad))

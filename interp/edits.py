@@ -1,0 +1,368 @@
+"""Edits are values: what to write, where, and when. They print, compare, save, and compose as plain lists.
+
+Values follow the site's axes from the right: at a residual site ``[d_model]`` goes everywhere, ``[batch,
+d_model]`` gives each example its own, ``[batch, pos, d_model]`` each position too; at a site with heads the
+same with ``[head, d_head]`` in place of ``d_model``; attention patterns take ``[key]``, ``[query, key]``,
+``[head, query, key]`` or ``[batch, head, query, key]``. A value is cast to the dtype and device of what it
+replaces.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.errors import InputError, ShapeError
+from interp.selection import Group, When, Where
+from interp.sites import Place
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """What every edit has.
+
+    Args:
+        site: a site name.
+        at: positions: None (all), ``"last"``, a segment's name, an integer, a slice, or a list of these.
+        heads: heads to touch, at a site that has a head axis. None: all.
+        rows: rows of the batch (images, in a vision tower). None: all.
+        when: ``"prefill"`` (the prompt only), ``"every"`` (also each decoded token), or the first k steps, of
+            which the prompt is the first.
+    """
+
+    site: str
+    at: Any = field(default=None, kw_only=True)
+    heads: int | Sequence[int] | None = field(default=None, kw_only=True)
+    rows: int | Sequence[int] | None = field(default=None, kw_only=True)
+    when: When = field(default="prefill", kw_only=True)
+
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
+        """The new values of the selected entries; ``x`` itself is left as it is."""
+        raise TypeError(f"{type(self).__name__} is not an edit by itself: use Replace, Add, Scale, ...")
+
+    def transform_all(
+        self, xs: Sequence[Float[Tensor, "_ _ ..."]], groups: Sequence[Group], place: Place
+    ) -> list[Float[Tensor, "_ _ ..."]]:
+        """The new values of all groups of one call."""
+        return [self.transform(x, group, place) for x, group in zip(xs, groups, strict=True)]
+
+    @property
+    def where(self) -> Where:
+        """The selection, in the form that the engine resolves."""
+        return Where(self.at, _indexes(self.rows), _indexes(self.heads), self.when)
+
+    def check(self, place: Place) -> None:
+        """Refuse what can be seen to be wrong before anything runs.
+
+        Raises:
+            InputError, ShapeError: a selection or value that the site cannot have.
+        """
+        self.where.check(place)
+        for name, value in self._tensors().items():
+            if not torch.isfinite(value).all():
+                raise InputError(f"{type(self).__name__} at {self.site}: {name} holds NaN or infinite numbers")
+            width = place.width
+            if value.ndim and width is not None and value.shape[-1] != width:
+                raise ShapeError(
+                    f"{type(self).__name__} at {self.site}: {name} has width {value.shape[-1]}, the site has {width}"
+                )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(_same(a, b) for a, b in pairs)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.site))
+
+    def __repr__(self) -> str:
+        shown = [repr(self.site)]
+        for f in fields(self)[1:]:
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                size = "×".join(map(str, value.shape)) or "scalar"
+                shown.append(f"{f.name}=<{size}, norm {value.float().norm():.4g}>")
+            elif value != f.default:
+                shown.append(f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Replace(Edit):
+    """Put a value in place of what is there.
+
+    Args:
+        value: see the module's text for its shapes.
+    """
+
+    value: Tensor
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        return _aligned(self, self.value, x, group, place).expand_as(x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Edit):
+    """Add a value: ``x + scale * value``."""
+
+    value: Tensor
+    scale: float = 1.0
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        step = _aligned(self, self.value.to(_precise(x)) * self.scale, x, group, place)
+        return x + step
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interpolate(Edit):
+    """Move towards a value: ``(1 - weight) * x + weight * value``."""
+
+    value: Tensor
+    weight: float
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        return torch.lerp(x, _aligned(self, self.value, x, group, place).expand_as(x), self.weight)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(Edit):
+    """Multiply by a factor."""
+
+    factor: float
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        return x * self.factor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Zero(Edit):
+    """Set to zero."""
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MeanAblate(Edit):
+    """Replace by a mean.
+
+    Args:
+        mean: a mean taken over a data set, with the shapes of `Replace`. None: the mean over the selected
+            entries of this very call, padding left out.
+    """
+
+    mean: Tensor | None = None
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        return self.transform_all([x], [group], place)[0]
+
+    def transform_all(  # noqa: D102
+        self, xs: Sequence[Float[Tensor, "_ _ ..."]], groups: Sequence[Group], place: Place
+    ) -> list[Float[Tensor, "_ _ ..."]]:
+        if self.mean is not None:
+            pairs = zip(xs, groups, strict=True)
+            return [_aligned(self, self.mean, x, group, place).expand_as(x) for x, group in pairs]
+        real = torch.cat([x[group.real] for x, group in zip(xs, groups, strict=True)])
+        if not len(real):
+            raise InputError(f"{self!r} selects padding only, which has no mean")
+        mean = real.to(_precise(real)).mean(dim=0)
+        return [mean.to(x.dtype).expand_as(x) for x in xs]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Resample(Edit):
+    """Replace each example's activation by another one's.
+
+    Args:
+        source: a bank ``[n, ...]`` with the axes of one example after the first; each example draws one
+            entry. None: the batch itself, moved round by a random step, so that no example keeps its own.
+        seed: of the draw.
+    """
+
+    source: Tensor | None = None
+    seed: int = 0
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.source is not None:
+            drawn = torch.randint(len(self.source), (group.n_examples,), generator=generator)
+            return _aligned(self, self.source[drawn.to(self.source.device)], x, group, place).expand_as(x)
+        n_examples = len(group.examples.unique())
+        if n_examples < 2 or not bool(group.real.all()):
+            raise InputError(
+                f"Resample at {self.site} without a source exchanges activations between examples: it "
+                "needs at least "
+                "two that have equally many selected positions, none of them padding"
+            )
+        step = int(torch.randint(1, n_examples, (), generator=generator))
+        # Beams and samples of one prompt are one example: they lie side by side and move together.
+        return x.roll(step * (len(x) // n_examples), dims=0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Project(Edit):
+    """Remove a direction or subspace, or keep nothing else.
+
+    Args:
+        directions: ``[d]`` or ``[k, d]``; orthonormalised here, so they need be neither unit nor orthogonal.
+        onto: keep only the part inside the subspace, where the default removes it.
+        center: a point ``[d]`` that the subspace passes through, where the default is the origin.
+    """
+
+    directions: Tensor
+    onto: bool = False
+    center: Tensor | None = None
+
+    def check(self, place: Place) -> None:  # noqa: D102
+        super().check(place)
+        basis = torch.atleast_2d(self.directions).float()
+        if basis.ndim != 2 or int(torch.linalg.matrix_rank(basis)) < len(basis):
+            raise ShapeError(
+                f"Project at {self.site}: directions of shape {tuple(self.directions.shape)} must be [d] "
+                "or [k, d], "
+                "not zero and linearly independent"
+            )
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        precise = _precise(x)
+        basis, _ = torch.linalg.qr(torch.atleast_2d(self.directions).to(x.device, precise).T)
+        center = 0.0 if self.center is None else self.center.to(x.device, precise)
+        moved = x.to(precise) - center
+        inside = moved @ basis @ basis.T
+        return ((inside if self.onto else moved - inside) + center).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Function(Edit):
+    """Apply any function to the selected entries.
+
+    Args:
+        function: takes ``[row, pos, d_model]`` (``[row, pos, head, d_head]`` with heads; ``[row, head, query,
+            key]`` for patterns), a copy, and returns the same shape.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def transform(  # noqa: D102
+        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
+    ) -> Float[Tensor, "row n ..."]:
+        pattern = place.side == "pattern"
+        given = rearrange(x, "row query head key -> row head query key") if pattern else x
+        new = self.function(given.clone())
+        if not isinstance(new, Tensor) or new.shape != given.shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ShapeError(
+                f"the function of {self!r} returned {got}, expected a tensor of shape {tuple(given.shape)}"
+            )
+        new = new.to(x.dtype)
+        return rearrange(new, "row head query key -> row query head key") if pattern else new
+
+
+def as_edits(edits: Any) -> list[Edit]:
+    """One edit or several, as a list.
+
+    Args:
+        edits: an edit, or a sequence of edits.
+
+    Raises:
+        InputError: something that is not an edit.
+    """
+    listed = list(edits) if isinstance(edits, Iterable) else [edits]
+    for edit in listed:
+        if not isinstance(edit, Edit):
+            raise InputError(f"expected an edit such as Replace(site, value), got {type(edit).__name__}")
+    return listed
+
+
+def _indexes(given: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    return (given,) if isinstance(given, int) else tuple(int(i) for i in given)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.cpu(), b.cpu()))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
+        return True
+    return bool(a == b)
+
+
+def _aligned(edit: Edit, value: Tensor, x: Tensor, group: Group, place: Place) -> Tensor:
+    """Bring a value into the shape ``[row, n, ...]`` of the entries, up to broadcasting."""
+    value = value.to(x.device, x.dtype)
+    if place.side == "pattern" and value.ndim >= 2:
+        if value.ndim > 4:
+            raise ShapeError(f"{edit!r}: the value has more axes than the attention pattern {tuple(x.shape)}")
+        value = rearrange(value[(None,) * (4 - value.ndim)], "batch head query key -> batch query head key")
+    by_example = value.ndim - (x.ndim - 2)
+    if by_example > 2:
+        raise ShapeError(f"{edit!r}: the value has more axes than the activation {tuple(x.shape)}")
+    if by_example > 0:
+        if len(value) not in (1, group.n_examples):
+            raise ShapeError(f"{edit!r}: the value holds {len(value)} examples, the edit selects {group.n_examples}")
+        value = value.expand(group.n_examples, *value.shape[1:])[group.examples]
+        value = rearrange(value, "row ... -> row 1 ...") if by_example == 1 else _by_position(edit, value, group)
+    if any(have not in (1, want) for have, want in zip(value.shape[::-1], x.shape[::-1], strict=False)):
+        raise ShapeError(f"{edit!r}: the value does not fit the selected activations {tuple(x.shape)} (row, pos, ...)")
+    return value
+
+
+def _by_position(edit: Edit, value: Tensor, group: Group) -> Tensor:
+    """The values of the positions at hand, out of those of all selected positions of the prompt."""
+    if value.shape[1] == 1:
+        return value
+    if value.shape[1] != group.n_positions or bool((group.ordinals < 0).any()):
+        raise ShapeError(
+            f"{edit!r}: the value holds {value.shape[1]} positions, the edit selects {group.n_positions} "
+            "of the prompt"
+            f"{' and decoded tokens besides' if bool((group.ordinals < 0).any()) else ''}"
+        )
+    return value[torch.arange(len(value), device=value.device)[:, None], group.ordinals]
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: half precisions lose too much in sums."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+__all__ = [
+    "Add",
+    "Edit",
+    "Function",
+    "Interpolate",
+    "MeanAblate",
+    "Project",
+    "Replace",
+    "Resample",
+    "Scale",
+    "Zero",
+    "as_edits",
+]

@@ -1,0 +1,156 @@
+"""Site names: their grammar, their axes, patterns over them, and the nearest name when one is wrong.
+
+A site is a place where an activation can be read or written. Its name is the same in every family of model
+and follows TransformerLens where that has one: ``blocks.3.hook_resid_post``,
+``vision.blocks.0.attn.hook_pattern``, ``projector.hook_out``. The raw dotted path of a torch module works
+too: ``model.language_model.layers.3:output``.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from interp.errors import InputError, UnknownNameError, nearest
+
+Side = Literal["input", "output", "pattern"]
+
+RESIDUAL = ("batch", "pos", "d_model")
+HEADS = ("batch", "pos", "head", "d_head")
+PATTERN = ("batch", "head", "query", "key")
+LOGITS = ("batch", "pos", "vocab")
+NEURONS = ("batch", "pos", "d_mlp")
+
+_NAME = re.compile(r"^(?P<tower>(?:[a-z_]+\.)*?)(?:blocks\.(?P<layer>\d+)\.)?(?P<leaf>(?:[a-z_]+\.)?hook_[a-z_]+)$")
+_RAW = re.compile(r"^(?P<path>[\w.]+):(?P<side>input|output)$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one site is in one model.
+
+    Args:
+        site: the stable name.
+        path: dotted path of the torch module.
+        side: the module's ``input``, its ``output``, or the attention ``pattern`` inside it.
+        axes: names of the tensor's axes, as users see it.
+        n_heads: how many heads the last axis splits into, when the site has a head axis.
+        columns: the ``(start, stop)`` part of a fused projection that belongs to this site.
+        width: size of the last axis where it is known before anything runs.
+        positional: whether the ``pos`` axis counts the tokens of the prompt (not patches of an image).
+    """
+
+    site: str
+    path: str
+    side: Side
+    axes: tuple[str, ...]
+    n_heads: int | None = None
+    columns: tuple[int, int] | None = None
+    width: int | None = None
+    positional: bool = True
+
+
+@dataclass(frozen=True)
+class SiteName:
+    """A site name taken apart: ``vision.blocks.2.attn.hook_z`` is ``vision``, 2, ``attn.hook_z``."""
+
+    tower: str
+    layer: int | None
+    leaf: str
+
+
+def parse(site: str) -> SiteName | None:
+    """Take a stable site name apart.
+
+    Args:
+        site: a name such as ``vision.blocks.2.attn.hook_z``.
+
+    Returns:
+        Its tower (empty for the language model), layer and leaf, or None for a raw module path.
+    """
+    match = _NAME.match(site)
+    if match is None:
+        return None
+    layer = match["layer"]
+    return SiteName(match["tower"].rstrip("."), None if layer is None else int(layer), match["leaf"])
+
+
+def parse_raw(site: str) -> tuple[str, Literal["input", "output"]] | None:
+    """Split ``module.path:output`` into path and side; None when the name has another form."""
+    match = _RAW.match(site)
+    if match is None:
+        return None
+    return match["path"], "input" if match["side"] == "input" else "output"
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name holds wildcards (``*``, ``?``, ``[...]``) and so stands for many sites."""
+    return any(mark in name for mark in "*?[")
+
+
+def match(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a shell-style pattern selects, in the order given.
+
+    Args:
+        pattern: a site name, or a pattern such as ``blocks.*.hook_resid_post``. A ``*`` never crosses a
+            tower: ``blocks.*`` does not select ``vision.blocks.0...``.
+        names: the sites that exist.
+
+    Returns:
+        At least one name.
+
+    Raises:
+        UnknownNameError: nothing matches; the message lists the nearest names.
+    """
+    names = list(names)
+    found = [name for name in names if fnmatchcase(name, pattern)] if is_pattern(pattern) else []
+    if not found and pattern in names:
+        found = [pattern]
+    if not found:
+        raise unknown(pattern, names)
+    return found
+
+
+def unknown(site: str, names: Iterable[str]) -> UnknownNameError:
+    """The error for a name that no site has: nearest names, or the layers when only the layer is off."""
+    names = list(names)
+    parsed = parse(site)
+    if parsed is not None and parsed.layer is not None:
+        layers = [
+            other.layer
+            for other in map(parse, names)
+            if other and other.layer is not None and (other.tower, other.leaf) == (parsed.tower, parsed.leaf)
+        ]
+        if layers:
+            return UnknownNameError(
+                f"site {site!r}: layer {parsed.layer} is out of range, this model has {parsed.leaf!r} at "
+                "layers "
+                f"{min(layers)} to {max(layers)}"
+            )
+    kind = "no site matches the pattern" if is_pattern(site) else "unknown site"
+    return UnknownNameError(
+        f"{kind} {site!r}. {nearest(site, names)} `sites()` lists all {len(names)}.".replace("  ", " ")
+    )
+
+
+def expand(sites: str | Iterable[str], names: Iterable[str]) -> list[str]:
+    """Expand one or many names and patterns, each site once, in the order asked for.
+
+    Args:
+        sites: a name, a pattern, a raw ``path:side``, or several of them. Names without wildcards pass
+            through.
+        names: the sites that exist, for the patterns.
+
+    Raises:
+        InputError: no site was asked for.
+        UnknownNameError: a pattern that selects nothing.
+    """
+    names = list(names)
+    asked = [sites] if isinstance(sites, str) else list(sites)
+    if not asked:
+        raise InputError("no sites given: name at least one, such as 'blocks.*.hook_resid_post'")
+    found: dict[str, None] = {}
+    for site in asked:
+        found.update(dict.fromkeys(match(site, names) if is_pattern(site) else [site]))
+    return list(found)

@@ -1,0 +1,128 @@
+"""All figures of a card in one dictionary."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from interp.zoo.evaluate import (
+    Subject,
+    Vectors,
+    instruction_vector,
+    paper_relations,
+    partner,
+    patched,
+    prompted,
+    task_vector,
+)
+from interp.zoo.facts import Relation
+
+
+def table(make: Any, keys: Sequence[tuple[Relation, int]]) -> Vectors:
+    """Compute vectors once and look them up afterwards."""
+    made = {(relation.name, seed): make(relation, seed) for relation, seed in keys}
+    return lambda relation, seed: made[relation.name, seed]
+
+
+def all_vectors(subject: Subject, seeds: Sequence[int], base: Subject | None) -> dict[str, Vectors]:
+    """The vectors of every specification: by modality, of instructions, and of the base language model.
+
+    Args:
+        subject: the model.
+        seeds: of the exemplars and pictures.
+        base: the language model that a VLM started from.
+
+    Returns:
+        Vectors by the name of what specifies the task.
+    """
+    keys = [(relation, seed) for relation in paper_relations() for seed in seeds]
+
+    def of(model: Subject, modality: str) -> Vectors:
+        return table(lambda relation, seed: task_vector(model, relation, modality, seed), keys)
+
+    vectors = {modality: of(subject, modality) for modality in subject.modalities}
+    vectors["instruction"] = table(lambda relation, seed: instruction_vector(subject, relation), keys)
+    if base is not None:
+        vectors["language model"] = of(base, "text")
+    return vectors
+
+
+def random_like(vectors: Vectors) -> Vectors:
+    """Random vectors with the norms of given ones, drawn anew for each task and seed."""
+
+    def draw(relation: Relation, seed: int) -> torch.Tensor:
+        real = vectors(relation, seed)
+        index = [known.name for known in paper_relations()].index(relation.name)
+        noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1000 * seed + index))
+        return noise * real.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+
+    return draw
+
+
+def prompt_figures(subject: Subject, seeds: Sequence[int]) -> dict[str, Any]:
+    """Accuracies of prompts: five shots, an instruction, nothing.
+
+    Args:
+        subject: the model.
+        seeds: of exemplars and pictures.
+
+    Returns:
+        Figures by the name of the condition.
+    """
+    return {
+        f"{kind}, {modality}": prompted(subject, kind, modality, seeds)
+        for kind in ("few-shot", "instruction", "none")
+        for modality in subject.modalities
+    }
+
+
+def layer_figures(subject: Subject, vectors: dict[str, Vectors], seeds: Sequence[int]) -> dict[str, list[float]]:
+    """Validation accuracy of every kind of patch (``"text -> image"``): one number a layer."""
+    return {
+        f"{source} -> {modality}": [
+            patched(subject, made, modality, layer, seeds, part="validation")["first_token"]
+            for layer in range(subject.n_layers)
+        ]
+        for source, made in vectors.items()
+        for modality in subject.modalities
+    }
+
+
+def best_layer(by_layer: dict[str, list[float]], subject: Subject) -> int:
+    """The layer whose patches between the model's own modalities do best on validation; lowest on ties."""
+    own = [by_layer[f"{source} -> {to}"] for source in subject.modalities for to in subject.modalities]
+    means = [round(sum(column) / len(column), 6) for column in zip(*own, strict=True)]
+    return means.index(max(means))
+
+
+def patch_figures(subject: Subject, vectors: dict[str, Vectors], layer: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Test accuracy of patches and their controls at one layer.
+
+    Args:
+        subject: the model.
+        vectors: as ``all_vectors``.
+        layer: where to patch.
+        seeds: of vectors and pictures.
+
+    Returns:
+        Figures by the name of the condition.
+    """
+    figures = {}
+    for to in subject.modalities:
+        for source, made in vectors.items():
+            figures[f"{source} -> {to}"] = patched(subject, made, to, layer, seeds)
+        made = vectors["text"]
+
+        def wrong(relation: Relation, seed: int, made: Vectors = made) -> torch.Tensor:
+            return made(partner(relation, "same"), seed)
+
+        def foreign(relation: Relation, seed: int, made: Vectors = made) -> torch.Tensor:
+            return made(partner(relation, "other"), seed)
+
+        figures[f"random -> {to}"] = patched(subject, random_like(made), to, layer, seeds)
+        figures[f"other category -> {to}"] = patched(subject, foreign, to, layer, seeds)
+        figures[f"wrong task -> {to}"] = patched(subject, wrong, to, layer, seeds)
+        figures[f"wrong task -> {to}, answer of the task patched in"] = patched(
+            subject, wrong, to, layer, seeds, answer_of=lambda relation: partner(relation, "same")
+        )
+    return figures

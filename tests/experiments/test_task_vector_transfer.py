@@ -1,0 +1,114 @@
+"""The main experiment on the models that ship: what it must show, what it writes, what it refuses."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from interp.cli import load_experiment
+from interp.errors import InputError, ShapeError, UnknownNameError
+
+run = load_experiment("task-vector-transfer")
+DEFAULTS = {
+    "model": "zoo:tiny-llava",
+    "language_model": "zoo:tiny-llama",
+    "tasks": "",
+    "image_root": "",
+    "seeds": 3,
+    "shots": 5,
+    "layer": -1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One full run, as `make demo` makes it."""
+    root = tmp_path_factory.mktemp("runs")
+    run(**DEFAULTS, out=str(root))
+    (made,) = root.iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def table(folder):
+    return pd.read_csv(folder / "summary.csv").set_index(["query", "kind", "condition"])["average"]
+
+
+# Means over the paper's six tasks, test items and three seeds; the least that the models that ship must reach.
+AT_LEAST = {
+    ("text", "prompt", "text examples in the prompt"): 0.95,
+    ("image", "prompt", "image examples in the prompt"): 0.90,
+    ("image", "patch", "text examples, patched"): 0.85,
+    ("image", "patch", "image examples, patched"): 0.85,
+    ("text", "patch", "text examples, patched"): 0.80,
+    ("text", "patch", "image examples, patched"): 0.75,
+    ("image", "patch", "instruction, patched"): 0.60,
+    ("image", "patch", "text examples in the language model, patched"): 0.60,
+}
+AT_MOST = {
+    ("text", "prompt", "no context"): 0.40,
+    ("image", "prompt", "no context"): 0.40,
+    ("text", "control", "random vector of the same norm"): 0.10,
+    ("image", "control", "random vector of the same norm"): 0.10,
+    ("text", "control", "a task of another category"): 0.10,
+    ("image", "control", "a task of another category"): 0.10,
+}
+
+
+@pytest.mark.parametrize("condition", AT_LEAST, ids=" ".join)
+def test_task_vectors_cross_modalities(table, condition):
+    assert table[condition] >= AT_LEAST[condition]
+
+
+@pytest.mark.parametrize("condition", AT_MOST, ids=" ".join)
+def test_controls_stay_low(table, condition):
+    assert table[condition] <= AT_MOST[condition]
+
+
+@pytest.mark.parametrize("query", ["text", "image"])
+def test_a_wrong_task_answers_the_other_task(table, query):
+    """The patch of another task of the category gives that task's answer, and not the query's own."""
+    theirs = table[query, "control", "... and how often it gives that task's answer"]
+    own = table[query, "control", "another task of the category"]
+    assert theirs >= 0.75 and own <= 0.10
+
+
+def test_the_layer_was_chosen_on_validation_items_and_matters(folder):
+    accuracy = json.loads((folder / "validation.json").read_text())["accuracy_by_layer"]
+    layer = json.loads((folder / "layer.json").read_text())["chosen"]
+    assert layer == accuracy.index(max(accuracy))
+    assert max(accuracy) - min(accuracy) > 0.3
+
+
+def test_the_run_folder_holds_tables_figures_and_where_they_came_from(folder):
+    for name in ("summary", "by-layer", "items", "decodes"):
+        assert (folder / f"{name}.csv").stat().st_size and (folder / f"{name}.json").stat().st_size
+    for name in ("accuracy-by-layer", "answers", "conditions-image", "conditions-text", "phases", "t-sne", "similarity",
+                 "sample-efficiency"):  # fmt: skip
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["seeds"] == 3
+    assert json.loads((folder / "provenance.json").read_text())["status"] == "done"
+
+
+def test_the_summary_follows_from_the_single_answers(folder, table):
+    items = pd.read_csv(folder / "items.csv")
+    chosen = items.query("query == 'image' and kind == 'patch' and condition == 'text'")
+    by_task = chosen.groupby("task")["correct"].mean()
+    assert table["image", "patch", "text examples, patched"] == pytest.approx(by_task.mean(), abs=1e-6)
+    assert chosen["seed"].nunique() == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "zoo:tiny-lava"}, UnknownNameError, "tiny-llava"),
+        ({"model": "zoo:tiny-llama"}, InputError, "reads text only"),
+        ({"layer": 99}, InputError, "layers 0 to"),
+        ({"tasks": "/nonexistent"}, InputError, "no task files"),
+        ({"shots": 500}, InputError, "Cannot draw 500 shots"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, change, error, words):
+    with pytest.raises((error, ShapeError), match=words):
+        run(**{**DEFAULTS, "seeds": 1, **change}, out=str(tmp_path))
