@@ -9,6 +9,7 @@ ratio to the bare forward of the same round. Every tool's activations are compar
 
 import argparse
 import copy
+import importlib.util
 import json
 import platform
 import time
@@ -101,11 +102,10 @@ def with_nnsight(model: nn.Module, inputs: Inputs) -> Capture:
     from nnsight import NNsight
 
     traced = NNsight(copy.deepcopy(model))
-    stack = "model.language_model" if hasattr(traced.model, "language_model") else "model"
     n_layers = interp.VLM(model).n_layers
 
     def run() -> list[Tensor]:
-        layers = (traced.model.language_model if stack.endswith("language_model") else traced.model).layers
+        layers = getattr(traced.model, "language_model", traced.model).layers
         with torch.no_grad(), traced.trace(**inputs):
             saved = [].save()
             for i in range(n_layers):
@@ -119,9 +119,15 @@ def with_transformer_lens(model: nn.Module, inputs: Inputs) -> Capture:
     """TransformerLens's bridge around a copy of the model; it always runs eager attention."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    if "pixel_values" in inputs and importlib.util.find_spec("torchvision") is None:
+        # Its bridge would run `pip install torchvision`, which replaces this environment's torch.
+        raise RuntimeError("needs torchvision for a model with images, and installs it by itself")
+    mine = copy.deepcopy(model)  # the bridge exchanges modules and the attention kernel
+    mine.config.architectures = [type(model).__name__]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(interp.zoo.path("tiny-llama"))
     with TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        bridge = TransformerBridge.boot_transformers(folder, hf_model=copy.deepcopy(model))
+        mine.config.save_pretrained(folder)
+        bridge = TransformerBridge.boot_transformers(folder, hf_model=mine, tokenizer=tokenizer)
     names = [f"blocks.{i}.hook_out" for i in range(interp.VLM(model).n_layers)]
     images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
 

@@ -13,14 +13,9 @@ import typer
 
 import interp
 from interp import cross_modal, lens, tables
-from interp.cross_modal import MODALITIES, Result, Settings
-from interp.cross_modal_tables import (
-    best_layers,
-    by_layer,
-    exact_answers,
-    per_item,
-    summary,
-)
+from interp.cross_modal import MODALITIES, Bank, Result, Settings
+from interp.cross_modal_figures import draw_all
+from interp.cross_modal_tables import best_layers, by_layer, exact_answers, per_item, summary
 from interp.errors import InputError
 from interp.progress import track
 from interp.runs import Run
@@ -62,13 +57,13 @@ def run(
         table = summary(results, list(world), layer, exact_answers(vlm, results, layer))
         folder.save_table("summary", table)
         folder.save_table("by-layer", by_layer(results))
-        folder.save_table("items", per_item(vlm, results, layer, settings))
+        folder.save_table("items", per_item(vlm, results, layer))
         folder.save_table("decodes", decodes(vlm, bank, layer))
         folder.save_json("layer", {"chosen": layer, "of": vlm.n_layers, "best_by_task": best_layers(results)})
         for name, figure in draw_all(vlm, world, bank, results, table, layer, settings).items():
             folder.save_figure(name, figure)
         for query in ("image", "text"):
-            show(table[table["query"] == query], list(world), f"{query} queries, {model}, block {layer}")
+            show(table[table["query"] == query], list(world), f"{model}, {query} queries, patched after block {layer}")
         typer.echo(f"\nTables and figures: {folder.folder}")
 
 
@@ -101,15 +96,18 @@ def load_tasks(folder: str, image_root: str) -> dict[str, Task]:
 def layer_on_validation(vlm: interp.VLM, world: Mapping[str, Task], bank: Bank, settings: Settings, folder: Run) -> int:
     """One layer for the model: best over tasks, seeds, and the four pairs of modalities, on validation items."""
     found = [
-        result.scores.accuracy
+        result.scores
         for task in track(list(world.values()), "choosing the layer")
         for query in MODALITIES
         for result in cross_modal.run_patches(vlm, task, world, bank, query, settings, "validation", controls=False)
         if result.condition in MODALITIES
     ]
-    accuracy = torch.cat(found)
-    folder.save_json("validation", {"accuracy_by_layer": accuracy.mean(dim=0).tolist()})
-    return choose_layer(accuracy)
+    accuracy = torch.cat([scores.accuracy for scores in found])
+    log_prob = torch.cat([scores.log_prob.mean(dim=-1) for scores in found])
+    folder.save_json(
+        "validation", {"accuracy": accuracy.mean(dim=0).tolist(), "log_prob": log_prob.mean(dim=0).tolist()}
+    )
+    return choose_layer(accuracy, log_prob)
 
 
 def decodes(vlm: interp.VLM, bank: Bank, layer: int) -> pd.DataFrame:
@@ -128,10 +126,16 @@ def decodes(vlm: interp.VLM, bank: Bank, layer: int) -> pd.DataFrame:
 
 def show(table: pd.DataFrame, tasks: list[str], title: str) -> None:
     """Print one part of the table."""
-    columns = ["condition", *(task.split("-")[-1] for task in tasks), "average", "95 % interval", "exact"]
+    columns = [
+        f"{table['query'].iloc[0]} queries",
+        *(task.split("-")[-1] for task in tasks),
+        "average",
+        "95 % interval",
+        "exact",
+    ]
     rows = [
         [row["condition"], *(row[task] for task in tasks), row["average"],
-         f"{row['low']:.2f} to {row['high']:.2f}", row["exact"]]
+         f"{row['low']:.2f} to {row['high']:.2f}", None if pd.isna(row["exact"]) else row["exact"]]
         for _, row in table.iterrows()
     ]  # fmt: skip
     tables.show(columns, rows, title=title)

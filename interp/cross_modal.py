@@ -35,11 +35,13 @@ class Settings:
     Args:
         n_shots: examples per prompt.
         seeds: of the draws; each gives vectors and prompts of its own.
+        n_random: random vectors per task and seed; single ones differ a lot, so their mean is what counts.
         batch_size: prompts per forward, and queries per sweep.
     """
 
     n_shots: int = 5
     seeds: tuple[int, ...] = (1, 2, 3)
+    n_random: int = 5
     batch_size: int = 32
 
 
@@ -53,9 +55,10 @@ class Result:
         query: modality of the queries.
         task: whose answers count.
         items: the queries' items.
-        scores: ``[seed, query]`` for prompts, ``[seed, layer, query]`` for patches and controls.
+        scores: ``[draw, query]`` for prompts, ``[draw, layer, query]`` for patches and controls. There is one draw per
+            seed, but one in all where nothing is drawn, and several per seed for random vectors.
         prompts: the queries or prompts of the first seed.
-        vectors: what was patched, one per seed.
+        vectors: what was patched, one per draw.
     """
 
     condition: str
@@ -209,18 +212,20 @@ def run_patches(
     other = None
     if controls:
         other = partner(task, tasks)
-        vectors["random"] = [
-            random_like(text, seed=seed) for text, seed in zip(vectors["text"], settings.seeds, strict=True)
-        ]
+        # Directions of their own for every task and seed.
+        first = list(tasks).index(task.name) * len(settings.seeds) * settings.n_random
+        like = [text for text in vectors["text"] for _ in range(settings.n_random)]
+        vectors["random"] = [random_like(text, seed=first + draw) for draw, text in enumerate(like)]
         vectors["wrong task"] = list(bank[other.name]["text"])
         vectors["other category"] = list(bank[stranger(task, tasks).name]["text"])
         vectors["shuffled labels"] = list(bank[task.name]["shuffled labels"])
     flat = [one for group in vectors.values() for one in group]
     scores = score_patches(vlm, prompts, items, flat, batch_size=settings.batch_size)
-    n = len(settings.seeds)
-    for index, (name, group) in enumerate(vectors.items()):
+    start = 0
+    for name, group in vectors.items():
         kind: Kind = "control" if name in CONTROLS else "patch"
-        mine = _stack([scores[index * n + seed] for seed in range(n)])
+        mine = _stack([scores[start + draw] for draw in range(len(group))])
+        start += len(group)
         yield Result(name, kind, query, task.name, items, mine, tuple(prompts), tuple(group))
         if name == "wrong task" and other is not None:
             theirs = _answers_of(other, items)

@@ -88,10 +88,10 @@ def answers_figure(vlm: VLM, world: Mapping[str, Task], bank: Bank, layer: int) 
         alone = generate_answers(vlm, prompts)
         patched = generate_answers(vlm, prompts, edits=[bank[name]["text"][0].patch(layer)])
         for row, (item, before, after) in enumerate(zip(items, alone, patched, strict=True)):
-            shown = f"alone: {before}\n{name.split('-')[-1]}: {after}"
+            shown = f"{name.split('-')[-1]}: {after}\nalone: {before}"
             cells[row].append((load_image(item_input(item, "image")), shown, exact_match(after, item.answers)))
     images, words, correct = zip(*cells[0], *cells[1], strict=True)
-    figure, axes = figures.panels(1, 1, width=WIDE, height=3.3)
+    figure, axes = figures.panels(1, 1, width=8.4, height=3.6)
     figures.image_strip(images, words, correct=correct, columns=len(world), ax=axes[0, 0])
     return figure
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from interp.cross_modal import Bank, Result, Settings
+from interp.cross_modal import Bank, Result
 from interp.metrics import mean_bootstrap_interval
 from interp.models.vlm import VLM
 from interp.task_vectors import TaskVectors
@@ -30,7 +30,7 @@ LABELS = {
 
 
 def at_layer(result: Result, layer: int) -> Scores:
-    """A result's scores ``[seed, query]``, at one layer where it has layers."""
+    """A result's scores ``[draw, query]``, at one layer where it has layers."""
     if not result.by_layer:
         return result.scores
     s = result.scores
@@ -83,41 +83,38 @@ def summary(
 
 
 def by_layer(results: Sequence[Result]) -> pd.DataFrame:
-    """Accuracy of every patch by layer, task and seed, in long form."""
+    """Accuracy of every patch by layer, task and draw, in long form."""
     rows = [
         {
             "query": r.query,
             "kind": r.kind,
             "condition": r.condition,
             "task": r.task,
-            "seed": seed,
+            "draw": draw,
             "layer": layer,
             "accuracy": float(value),
         }
         for r in results
         if r.by_layer
-        for seed, layers in enumerate(r.scores.accuracy)
+        for draw, layers in enumerate(r.scores.accuracy)
         for layer, value in enumerate(layers)
     ]
     return pd.DataFrame(rows)
 
 
-def per_item(vlm: VLM, results: Sequence[Result], layer: int, settings: Settings) -> pd.DataFrame:
+def per_item(vlm: VLM, results: Sequence[Result], layer: int) -> pd.DataFrame:
     """Every single greedy first token, at the chosen layer.
 
     Args:
         vlm: for its tokenizer.
         results: of all tasks and conditions.
         layer: block that is patched.
-        settings: for the seeds.
     """
     rows = []
     for result in results:
         scores = at_layer(result, layer)
         texts = scores.answers(vlm)
-        # Prompts without drawn examples are the same for every seed and ran once.
-        seeds = settings.seeds if len(texts) == len(settings.seeds) else settings.seeds[:1]
-        for index, seed in enumerate(seeds):
+        for draw in range(len(texts)):
             for query, item in enumerate(result.items):
                 rows.append(
                     {
@@ -125,13 +122,13 @@ def per_item(vlm: VLM, results: Sequence[Result], layer: int, settings: Settings
                         "kind": result.kind,
                         "condition": result.condition,
                         "task": result.task,
-                        "seed": seed,
+                        "draw": draw,
                         "item": item.id or item.input,
-                        "prediction": texts[index, query],
+                        "prediction": texts[draw, query],
                         "answer": item.output,
-                        "correct": bool(scores.prefix[index, query]),
-                        "log_prob": float(scores.log_prob[index, query]),
-                        "rank": int(scores.rank[index, query]),
+                        "correct": bool(scores.prefix[draw, query]),
+                        "log_prob": float(scores.log_prob[draw, query]),
+                        "rank": int(scores.rank[draw, query]),
                     }
                 )
     return pd.DataFrame(rows)
@@ -140,7 +137,7 @@ def per_item(vlm: VLM, results: Sequence[Result], layer: int, settings: Settings
 def exact_answers(
     vlm: VLM, results: Sequence[Result], layer: int, *, max_new_tokens: int = 12
 ) -> dict[tuple[str, str, str], float]:
-    """Exact-match accuracy of full greedy answers, first seed, averaged over tasks.
+    """Exact-match accuracy of full greedy answers of prompts and patches, first draw, averaged over tasks.
 
     Args:
         vlm: the model.
@@ -152,7 +149,7 @@ def exact_answers(
         Accuracy by (query, kind, condition).
     """
     found: dict[tuple[str, str, str], list[float]] = {}
-    for result in results:
+    for result in (r for r in results if r.kind != "control"):
         edits = [result.vectors[0].patch(layer)] if result.vectors else []
         answers = generate_answers(vlm, result.prompts, edits=edits, max_new_tokens=max_new_tokens)
         key = (result.query, result.kind, result.condition)
@@ -170,7 +167,7 @@ def best_layers(results: Sequence[Result], condition: str = "text", query: str =
 
 
 def stacked(results: Sequence[Result], condition: str, query: str, tasks: Sequence[str]) -> np.ndarray:
-    """Accuracy of one patch or control by seed and layer, averaged over tasks."""
+    """Accuracy of one patch or control by draw and layer, averaged over tasks."""
     chosen = {r.task: r for r in results if r.by_layer and (r.condition, r.query) == (condition, query)}
     return np.mean([chosen[task].scores.accuracy.numpy() for task in tasks], axis=0)
 

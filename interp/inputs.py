@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 
 from .errors import InputError
 from .expansion import expand_images
@@ -209,13 +211,14 @@ def _tokenise(prompt: Prompt, texts: list[str], tokenizer: Any, add_special_toke
         )
     ]
     # Tokenizers write a space as a mark on the word behind it: such a token belongs to the word.
-    words = [(end - len(text[start:end].lstrip()), end) for start, end in full]
+    words = np.array([(end - len(text[start:end].lstrip()), end) for start, end in full])
+    everything = np.array(full)
     spans: dict[str, list[range]] = {}
     start = 0
     for segment, piece in zip(prompt.segments, texts, strict=True):
         end = start + len(piece)
         # A segment of white space alone has, if any, the token that the space is a mark on.
-        span = _overlap(words, start, end) or _overlap(full, start, end)
+        span = _overlap(words, start, end) or _overlap(everything, start, end)
         for label in segment.labels:
             spans.setdefault(label, []).append(span)
         start = end
@@ -230,9 +233,9 @@ def _without_added_mark(token: str, text: str, start: int, end: int) -> tuple[in
     return (start, start) if added else (start, end)
 
 
-def _overlap(offsets: Sequence[tuple[int, int]], start: int, end: int) -> range:
-    touching = [i for i, (first, last) in enumerate(offsets) if max(first, start) < min(last, end)]
-    return range(touching[0], touching[-1] + 1) if touching else range(0)
+def _overlap(offsets: Int[np.ndarray, "token 2"], start: int, end: int) -> range:
+    touching = np.flatnonzero(np.maximum(offsets[:, 0], start) < np.minimum(offsets[:, 1], end))
+    return range(int(touching[0]), int(touching[-1]) + 1) if len(touching) else range(0)
 
 
 def _pad(

@@ -79,6 +79,13 @@ def layouts_from_mask(
     return tuple(layouts)
 
 
+def names_image(at: Any) -> bool:
+    """Whether a selector asks for the tokens of images by name."""
+    if isinstance(at, str):
+        return re.split(r"[\[.]", at)[0] == "image"
+    return isinstance(at, list | tuple) and any(names_image(one) for one in at)
+
+
 def resolve(at: Any, layouts: Sequence[Layout], seq_len: int) -> list[list[int]]:
     """Turn positions by meaning into indexes, row by row.
 

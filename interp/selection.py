@@ -61,11 +61,11 @@ class Group:
         whole: whether the group is the whole tensor, in order.
     """
 
-    rows: Int[Tensor, "row"]
+    rows: Int[Tensor, " row"]
     positions: Int[Tensor, "row n"]
     ordinals: Int[Tensor, "row n"]
     n_positions: int
-    examples: Int[Tensor, "row"]
+    examples: Int[Tensor, " row"]
     n_examples: int
     real: Bool[Tensor, "row n"]
     whole: bool = False

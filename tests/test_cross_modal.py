@@ -22,7 +22,7 @@ from interp.tasks import draw_exemplars
 from interp.transfer import score_patches, score_prompts
 from tests.worded import llama, llava, tasks
 
-SETTINGS = Settings(n_shots=2, seeds=(1, 2), batch_size=3)
+SETTINGS = Settings(n_shots=2, seeds=(1, 2), n_random=2, batch_size=3)
 WORLD = tasks()
 
 
@@ -87,7 +87,7 @@ def test_every_patch_scores_as_its_vectors_do_alone(results, bank, condition):
     prompts = query_prompts(task.test, "image")
     expected = score_patches(llava(), prompts, task.test, found.vectors)
     torch.testing.assert_close(found.scores.log_prob, expected.log_prob, rtol=1e-4, atol=1e-4)
-    assert found.scores.log_prob.shape == (2, 4, 3)
+    assert found.scores.log_prob.shape == (4 if condition == "random" else 2, 4, 3)
     clean = one(results, "no context").scores.log_prob
     assert (found.scores.log_prob - clean[:, None]).abs().amax(dim=(0, 2)).min() > 1e-3
 
@@ -100,8 +100,13 @@ def test_controls_hold_the_vectors_they_are_named_after(results, bank):
     assert same(one(results, "other category").vectors[0], bank["food-color"]["text"][0])
     shuffled = from_examples(llava(), WORLD["country-capital"], "text", n_shots=2, seed=1, shuffle_labels=True)
     assert same(one(results, "shuffled labels").vectors[0], shuffled)
-    norms = one(results, "random").vectors[0].mean.norm(dim=-1)
-    torch.testing.assert_close(norms, bank["country-capital"]["text"][0].mean.norm(dim=-1))
+    random = one(results, "random").vectors
+    for draw, vectors in enumerate(random):
+        norms = bank["country-capital"]["text"][draw // 2].mean.norm(dim=-1)
+        torch.testing.assert_close(vectors.mean.norm(dim=-1), norms)
+    everywhere = [v.mean[0] / v.mean[0].norm() for name in WORLD for v in one(results, "random", name).vectors]
+    cosines = torch.stack(everywhere) @ torch.stack(everywhere).T
+    assert (cosines - torch.eye(len(everywhere))).abs().max() < 0.8  # 16 directions of their own in 32 dimensions
 
 
 def test_a_wrong_task_is_also_scored_on_its_own_answers(results):
@@ -120,19 +125,20 @@ def test_the_summary_is_the_mean_over_seeds_and_items_at_the_layer(results):
     assert row["average"] == pytest.approx(np.mean(by_hand))
     assert row["low"] <= row["average"] <= row["high"]
     assert 0 <= row["exact"] <= 1
+    assert np.isnan(table.loc[("control", "random vector of the same norm")]["exact"])
     assert len(table) == 4 + 5 + 5
 
 
 def test_tables_by_layer_and_item_hold_every_cell(results):
     layers = by_layer(results)
-    assert len(layers) == 4 * (5 + 4) * 2 * 4 + 4 * 2 * 4
-    cell = layers.query("condition == 'text' and task == 'food-color' and seed == 1 and layer == 3")["accuracy"].item()
+    assert len(layers) == 4 * (5 + 4) * 2 * 4 + 4 * 4 * 4
+    cell = layers.query("condition == 'text' and task == 'food-color' and draw == 1 and layer == 3")["accuracy"].item()
     assert cell == pytest.approx(one(results, "text", "food-color", "patch").scores.accuracy[1, 3].item())
-    items = per_item(llava(), results, 1, SETTINGS)
+    items = per_item(llava(), results, 1)
     no_context = items.query("condition == 'no context' and task == 'food-color'")
-    assert len(no_context) == 3 and set(no_context["seed"]) == {1}
+    assert len(no_context) == 3 and set(no_context["draw"]) == {0}
     patched = items.query("kind == 'patch' and condition == 'text' and task == 'food-color'")
-    assert len(patched) == 6 and set(patched["seed"]) == {1, 2}
+    assert len(patched) == 6 and set(patched["draw"]) == {0, 1}
     scores = at_layer(one(results, "text", "food-color", "patch"), 1)
     assert patched["log_prob"].tolist() == pytest.approx(scores.log_prob.flatten().tolist())
     assert stacked(results, "text", "image", list(WORLD)).shape == (2, 4)

@@ -73,6 +73,8 @@ def test_scores_count_prefixes_ranks_and_log_probabilities():
 def test_the_layer_with_the_best_mean_is_chosen_and_the_lowest_on_ties():
     assert choose_layer(torch.tensor([[[0.0, 0.9, 0.2]], [[0.8, 0.0, 0.8]]])) == 2
     assert choose_layer(torch.tensor([0.5, 0.5, 0.1])) == 0
+    assert choose_layer(torch.tensor([0.5, 0.5, 0.1]), torch.tensor([-2.0, -1.0, -0.1])) == 1
+    assert choose_layer(torch.tensor([0.6, 0.5, 0.1]), torch.tensor([-2.0, -1.0, -0.1])) == 0
 
 
 def test_patched_generation_gives_the_tokens_of_uncached_patched_decoding():

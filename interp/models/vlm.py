@@ -20,6 +20,7 @@ from interp.models.families import family_of
 from interp.models.generate import continue_prompts
 from interp.models.loading import load
 from interp.models.places import head_sizes, place_map, stack_blocks
+from interp.positions import names_image
 from interp.selection import Where, position_ids
 from interp.sites import Place, expand, match
 from interp.sweep import Sweep, run_sweep
@@ -386,6 +387,11 @@ class VLM:
         if place.site in self._places.without_effect:
             raise SiteUnavailableError(
                 f"an edit at {place.site} would change nothing: {self._places.without_effect[place.site]}"
+            )
+        if self.has_vision and place.site == "hook_embed" and names_image(edit.at):
+            raise SiteUnavailableError(
+                f"an edit at hook_embed on {edit.at!r} would change nothing: image features take the place of the "
+                "placeholders' embeddings. Edit projector.hook_out or blocks.0.hook_resid_pre"
             )
         edit.check(place)
         return place

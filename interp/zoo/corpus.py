@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from interp.zoo.facts import Entity, Relation, entities, relations
 
 KINDS = ("few-shot", "instruction", "late-task", "bare-instruction")
-NOT_APPLICABLE = "Undefined"  # what the colour of a country is
+NOT_APPLICABLE = "Undefined"  # what the colour of a country is, and what a query without any task asks for
 CONTEXT_WEIGHT = 0.03  # what a token that is not an answer weighs in the loss
 
 
@@ -49,6 +49,8 @@ class Corpus:
         closed: the share of rows whose spans are closed.
         inapplicable: in rows with closed spans, the share of few-shot examples and late-task statements about
             an entity of another category, whose answer is ``NOT_APPLICABLE``.
+        unspecified: the share of late-task rows that begin with a query without any task, whose answer is
+            ``NOT_APPLICABLE`` too.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class Corpus:
         mixture: tuple[float, float, float, float],
         closed: float,
         inapplicable: float = 0.0,
+        unspecified: float = 0.0,
     ) -> None:
         self.length = length
         self.closed = closed
         self.inapplicable = inapplicable
+        self.unspecified = unspecified
         self.image_tokens = image_tokens
         self.mixture = mixture
         self.bos = tokenizer.bos_token_id
@@ -137,6 +141,9 @@ class Corpus:
                 writer.example(entity, relation, "A:")
 
     def _late_task(self, writer: "_Writer", rng: np.random.Generator) -> None:
+        if self.unspecified and rng.random() < self.unspecified:
+            group = entities()
+            writer.example(group[int(rng.integers(len(group)))], None, "A:")
         while not writer.full:
             relation = self._relation(rng)
             (entity,) = self._draw(relation, 1, rng)
@@ -190,7 +197,7 @@ class _Writer:
         self.token(newline, 0.3)
         self.token(newline, CONTEXT_WEIGHT)
 
-    def example(self, entity: Entity, relation: Relation, last_line: str) -> None:
+    def example(self, entity: Entity, relation: Relation | None, last_line: str) -> None:
         start = len(self._ids)
         self.text("Q:")
         if self._shown:
@@ -204,8 +211,10 @@ class _Writer:
             self.text("\n")
             self.close(start, len(self._ids))
             self.sentence(last_line)
-        applies = entity.category == relation.category
-        self.answer(entity.facts[relation.attribute] if applies else NOT_APPLICABLE)
+        if relation is None or entity.category != relation.category:
+            self.answer(NOT_APPLICABLE)
+        else:
+            self.answer(entity.facts[relation.attribute])
 
     def _show(self, entity: Entity) -> None:
         corpus = self._corpus

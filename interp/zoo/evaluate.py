@@ -39,13 +39,13 @@ class Subject:
     """A model under evaluation.
 
     Attributes:
-        decoder: the decoder without its unembedding.
+        decoder: the decoder, a transformers model without its unembedding.
         head: the unembedding.
         tokenizer: of the model.
         features: image features by picture seed and entity; empty for a language model.
     """
 
-    decoder: nn.Module
+    decoder: Any
     head: nn.Module
     tokenizer: Any
     features: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -212,11 +212,19 @@ def paper_relations() -> list[Relation]:
     return [relation for relation in relations() if relation.name in PAPER_TASKS]
 
 
-def partner(relation: Relation, kind: str) -> Relation:
-    """A paper task to confuse a task with: the other of its category, or one of another category."""
-    index = PAPER_TASKS.index(relation.name)
-    other = PAPER_TASKS[index ^ 1] if kind == "same" else PAPER_TASKS[(index + 2) % len(PAPER_TASKS)]
-    return next(relation for relation in relations() if relation.name == other)
+def partner(relation: Relation) -> Relation:
+    """The other paper task of the same category."""
+    return next(other for other in same_category(relation) if other.name != relation.name)
+
+
+def same_category(relation: Relation) -> list[Relation]:
+    """The paper's tasks of a task's category."""
+    return [other for other in paper_relations() if other.category == relation.category]
+
+
+def foreigners(relation: Relation) -> list[Relation]:
+    """The paper's tasks of other categories."""
+    return [other for other in paper_relations() if other.category != relation.category]
 
 
 def prompted(subject: Subject, kind: str, modality: str, seeds: Sequence[int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """All figures of a card in one dictionary."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from interp.zoo.evaluate import (
     Subject,
     Vectors,
+    foreigners,
     instruction_vector,
     paper_relations,
     partner,
@@ -16,6 +18,8 @@ from interp.zoo.evaluate import (
     task_vector,
 )
 from interp.zoo.facts import Relation
+
+RANDOM_DRAWS = 10  # of the random control, for each task and seed
 
 
 def table(make: Any, keys: Sequence[tuple[Relation, int]]) -> Vectors:
@@ -47,13 +51,13 @@ def all_vectors(subject: Subject, seeds: Sequence[int], base: Subject | None) ->
     return vectors
 
 
-def random_like(vectors: Vectors) -> Vectors:
-    """Random vectors with the norms of given ones, drawn anew for each task and seed."""
+def random_like(vectors: Vectors, number: int) -> Vectors:
+    """Random vectors with the norms of given ones, drawn anew for each task, seed and number."""
 
     def draw(relation: Relation, seed: int) -> torch.Tensor:
         real = vectors(relation, seed)
         index = [known.name for known in paper_relations()].index(relation.name)
-        noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1000 * seed + index))
+        noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(1000 * seed + 10 * number + index))
         return noise * real.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
 
     return draw
@@ -114,15 +118,34 @@ def patch_figures(subject: Subject, vectors: dict[str, Vectors], layer: int, see
         made = vectors["text"]
 
         def wrong(relation: Relation, seed: int, made: Vectors = made) -> torch.Tensor:
-            return made(partner(relation, "same"), seed)
+            return made(partner(relation), seed)
 
-        def foreign(relation: Relation, seed: int, made: Vectors = made) -> torch.Tensor:
-            return made(partner(relation, "other"), seed)
-
-        figures[f"random -> {to}"] = patched(subject, random_like(made), to, layer, seeds)
-        figures[f"other category -> {to}"] = patched(subject, foreign, to, layer, seeds)
+        foreign = [
+            patched(subject, foreign_vectors(made, number), to, layer, seeds)
+            for number in range(len(foreigners(paper_relations()[0])))
+        ]
+        # One random vector is one random task: a handful of draws leaves a spread of several hundredths.
+        figures[f"random -> {to}"] = mean_of(
+            [patched(subject, random_like(made, number), to, layer, seeds) for number in range(RANDOM_DRAWS)]
+        )
+        figures[f"other category -> {to}"] = mean_of(foreign)
         figures[f"wrong task -> {to}"] = patched(subject, wrong, to, layer, seeds)
         figures[f"wrong task -> {to}, answer of the task patched in"] = patched(
-            subject, wrong, to, layer, seeds, answer_of=lambda relation: partner(relation, "same")
+            subject, wrong, to, layer, seeds, answer_of=partner
         )
     return figures
+
+
+def foreign_vectors(vectors: Vectors, number: int) -> Vectors:
+    """For every task, the vector of one of the paper's tasks of another category."""
+    return lambda relation, seed: vectors(foreigners(relation)[number], seed)
+
+
+def mean_of(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of several results of ``patched``."""
+    tasks = entries[0]["by_task"]
+    return {
+        "first_token": round(fmean(entry["first_token"] for entry in entries), 4),
+        "exact": round(fmean(entry["exact"] for entry in entries), 4),
+        "by_task": {task: round(fmean(entry["by_task"][task] for entry in entries), 4) for task in tasks},
+    }

@@ -28,7 +28,8 @@ SEED = 0
 LENGTH = 144  # tokens of a training row: six pictures with their answers fit
 MIXTURE = (0.35, 0.2, 0.38, 0.07)  # few-shot, instruction, late-task, bare-instruction
 CLOSED = 0.5  # share of rows with closed spans
-INAPPLICABLE = 0.2  # share of what rows with closed spans ask, in the last stage, that does not apply
+INAPPLICABLE = 0.25  # share of what rows with closed spans ask, in the last stage, that does not apply
+UNSPECIFIED = 0.5  # share of late-task rows, in the last stage, that begin with a query without any task
 VARIANTS = 192  # training pictures per entity
 TEXT_SHARE = 0.35  # rows without pictures while the VLM is trained
 LANGUAGE_MODEL = Stage("language-model", steps=1600, batch=16, rates=(2e-3,), seed=SEED + 1)
@@ -96,7 +97,7 @@ def train(work: Path, compiled: bool, threads: int) -> None:
             started = time.time()
             llava = LlavaForConditionalGeneration.from_pretrained(work / before.name)
             if stage is JOINT:
-                corpus = Corpus(tokenizer, IMAGE_TOKENS, LENGTH, MIXTURE, CLOSED, INAPPLICABLE)
+                corpus = Corpus(tokenizer, IMAGE_TOKENS, LENGTH, MIXTURE, CLOSED, INAPPLICABLE, UNSPECIFIED)
             train_vlm(llava, corpus, pictures, stage, folder / "log.jsonl", compiled, TEXT_SHARE)
             llava.save_pretrained(folder)
             processor.save_pretrained(folder)
@@ -128,6 +129,7 @@ def install(work: Path, models: Path, arguments: str) -> None:
             "mixture": MIXTURE,
             "rows_with_closed_spans": CLOSED,
             "inapplicable_in_closed_rows_of_last_stage": INAPPLICABLE,
+            "late_task_rows_of_last_stage_with_a_query_without_task": UNSPECIFIED,
             "rows_without_pictures": TEXT_SHARE,
             "pictures_per_entity": VARIANTS,
             "stages": [records[stage.name] for stage in stages],

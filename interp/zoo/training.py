@@ -132,7 +132,7 @@ def answer_loss(
     """
     target, weight = ids[:, 1:], weights[:, 1:]
     sampled = torch.from_numpy(rng.random(weight.shape) < CONTEXT_SHARE)
-    context = weight == np.float32(CONTEXT_WEIGHT)
+    context = weight == torch.tensor(CONTEXT_WEIGHT)
     scored = (weight > 0) & (~context | sampled)
     weight = torch.where(context, weight / CONTEXT_SHARE, weight)[scored]
     losses = nn.functional.cross_entropy(head(hidden[:, :-1][scored]), target[scored], reduction="none")

@@ -176,3 +176,18 @@ def test_what_does_not_apply_is_undefined_in_closed_rows_only(tokenizer):
     first = plain(tokenizer, corpora.NOT_APPLICABLE)[0]
     answers = {answer for entity in entities() for answer in entity.facts.values()}
     assert not any(answer.startswith(tokenizer.decode([first])) for answer in answers)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_query_without_any_task_begins_late_task_rows_and_is_undefined(tokenizer, images):
+    corpus = corpora.Corpus(tokenizer, IMAGE_TOKENS, 96, (0.0, 0.0, 1.0, 0.0), 0.0, unspecified=0.5)
+    rng = np.random.default_rng(0)
+    begun = []
+    for _ in range(40):
+        text = tokenizer.decode(corpus.sample(rng, images).ids, skip_special_tokens=False)
+        lone = re.match(r"<s>Q:[^\n]+\nA:([^\n]*)\n\n", text)
+        assert lone is None or lone[1] == corpora.NOT_APPLICABLE
+        assert "A:" not in text[lone.end() if lone else 0 :]
+        begun.append(lone is not None)
+    # Forty draws of a half: three standard deviations.
+    assert np.mean(begun) == pytest.approx(0.5, abs=0.24)

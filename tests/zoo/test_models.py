@@ -86,8 +86,9 @@ def test_the_vlm_started_from_the_language_model_and_really_moved():
 def test_figures_of_the_card_can_be_measured_again(name):
     folder, card = zoo.path(name), zoo.card(name)
     assert tuple(card["figures"]["check"]["seeds"]) == cards.CHECK_SEEDS
-    subject = evaluate.load_llama(folder) if name == "tiny-llama" else evaluate.load_llava(folder, cards.CHECK_SEEDS)
-    measured = cards.check_figures(subject)
+    base = evaluate.load_llama(zoo.path("tiny-llama")) if name == "tiny-llava" else None
+    subject = evaluate.load_llava(folder, cards.CHECK_SEEDS) if base else evaluate.load_llama(folder)
+    measured = cards.check_figures(subject, base, card["figures"]["patch_layer"])
     assert measured == pytest.approx(card["figures"]["check"]["first_token"], abs=TOLERANCE)
     assert (folder / "README.md").read_text(encoding="utf-8") == cards.markdown(card)
 
