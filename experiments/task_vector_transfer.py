@@ -3,25 +3,27 @@
 Source: Luo, Darrell & Bar 2025 (arXiv 2410.22330), its table of transfer and the figures around it.
 """
 
-from collections.abc import Mapping
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-import torch
 import typer
+from rich.console import Console
 
 import interp
 from interp import cross_modal, lens, tables
-from interp.cross_modal import MODALITIES, Bank, Result, Settings
+from interp.cross_modal import Bank, Result, Settings
 from interp.cross_modal_figures import draw_all
-from interp.cross_modal_tables import best_layers, by_layer, exact_answers, per_item, summary
+from interp.cross_modal_tables import by_layer, exact_answers, per_item, summary
 from interp.errors import InputError
 from interp.progress import track
 from interp.runs import Run
 from interp.tasks import Task, load_task
-from interp.transfer import choose_layer
 from interp.zoo.world import tasks as world_tasks
+
+WIDE_TERMINAL = 110  # columns that the table with its tasks needs
 
 
 def run(
@@ -48,7 +50,9 @@ def run(
     with Run.create("task-vector-transfer", config, root=out, seed=list(settings.seeds)) as folder:
         bank = cross_modal.specify(vlm, world, settings, source)
         if layer == -1:
-            layer = layer_on_validation(vlm, world, bank, settings, folder)
+            choice = cross_modal.choose_on_validation(vlm, world, bank, settings)
+            folder.save_json("validation", asdict(choice))
+            layer = choice.layer
         results: list[Result] = []
         for task in track(list(world.values()), "transfer"):
             for query in ("image", "text"):
@@ -59,7 +63,6 @@ def run(
         folder.save_table("by-layer", by_layer(results))
         folder.save_table("items", per_item(vlm, results, layer))
         folder.save_table("decodes", decodes(vlm, bank, layer))
-        folder.save_json("layer", {"chosen": layer, "of": vlm.n_layers, "best_by_task": best_layers(results)})
         for name, figure in draw_all(vlm, world, bank, results, table, layer, settings).items():
             folder.save_figure(name, figure)
         for query in ("image", "text"):
@@ -84,30 +87,34 @@ def load(model: str, language_model: str) -> tuple[interp.VLM, interp.VLM | None
 
 
 def load_tasks(folder: str, image_root: str) -> dict[str, Task]:
-    """The paper's six tasks in the world that ships, or a user's own in the official format."""
+    """The paper's six tasks in the world that ships, or a user's own in the official format.
+
+    Own tasks need a file tasks.json beside them: ``{name: {"instruction": ..., "category": ...}}``.
+    """
     if not folder:
         return world_tasks(only_paper=True)
     names = sorted(path.name.removesuffix("_val.json") for path in Path(folder).glob("*_val.json"))
     if not names:
         raise InputError(f"no task files named {{task}}_val.json in {folder!r}")
-    return {name: load_task(folder, name=name, image_root=image_root or None) for name in names}
+    about = read_about(Path(folder) / "tasks.json", names)
+    loaded = {name: load_task(folder, name=name, image_root=image_root or None, **about[name]) for name in names}
+    cross_modal.check_tasks(loaded)
+    return loaded
 
 
-def layer_on_validation(vlm: interp.VLM, world: Mapping[str, Task], bank: Bank, settings: Settings, folder: Run) -> int:
-    """One layer for the model: best over tasks, seeds, and the four pairs of modalities, on validation items."""
-    found = [
-        result.scores
-        for task in track(list(world.values()), "choosing the layer")
-        for query in MODALITIES
-        for result in cross_modal.run_patches(vlm, task, world, bank, query, settings, "validation", controls=False)
-        if result.condition in MODALITIES
-    ]
-    accuracy = torch.cat([scores.accuracy for scores in found])
-    log_prob = torch.cat([scores.log_prob.mean(dim=-1) for scores in found])
-    folder.save_json(
-        "validation", {"accuracy": accuracy.mean(dim=0).tolist(), "log_prob": log_prob.mean(dim=0).tolist()}
-    )
-    return choose_layer(accuracy, log_prob)
+def read_about(file: Path, names: list[str]) -> dict[str, dict[str, str]]:
+    """Instruction and category of own tasks; the paper's six need no file."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is no JSON: {error}") from error
+    about = {name: known.get(name, {}) for name in names} if isinstance(known, dict) else {}
+    if (
+        not all(isinstance(one, dict) and set(one) <= {"instruction", "category"} for one in about.values())
+        or not about
+    ):
+        raise InputError(f'{file} must hold {{task: {{"instruction": ..., "category": ...}}}}')
+    return about
 
 
 def decodes(vlm: interp.VLM, bank: Bank, layer: int) -> pd.DataFrame:
@@ -125,17 +132,24 @@ def decodes(vlm: interp.VLM, bank: Bank, layer: int) -> pd.DataFrame:
 
 
 def show(table: pd.DataFrame, tasks: list[str], title: str) -> None:
-    """Print one part of the table."""
+    """Print one part of the table; a terminal too narrow for the tasks gets their average alone."""
+    console = Console()
+    shown = [] if console.is_terminal and console.width < WIDE_TERMINAL else tasks
     columns = [
         f"{table['query'].iloc[0]} queries",
-        *(task.split("-")[-1] for task in tasks),
+        *(task.split("-")[-1] for task in shown),
         "average",
         "95 % interval",
         "exact",
     ]
     rows = [
-        [row["condition"], *(row[task] for task in tasks), row["average"],
-         f"{row['low']:.2f} to {row['high']:.2f}", None if pd.isna(row["exact"]) else row["exact"]]
+        [
+            row["condition"],
+            *(row[task] for task in shown),
+            row["average"],
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            None if pd.isna(row["exact"]) else row["exact"],
+        ]
         for _, row in table.iterrows()
-    ]  # fmt: skip
-    tables.show(columns, rows, title=title)
+    ]
+    tables.show(columns, rows, title=title, console=console)

@@ -32,6 +32,8 @@ _NAMES = {
     "Resample": "edits",
     "Scale": "edits",
     "Zero": "edits",
+    "load_edits": "edit_files",
+    "save_edits": "edit_files",
     # task vectors
     "TaskVectors": "task_vectors",
 }
@@ -39,9 +41,13 @@ _MODULES = (
     "activations",
     "analyses",
     "cross_modal",
+    "cross_modal_figures",
+    "cross_modal_tables",
+    "edit_files",
     "edits",
     "errors",
     "figures",
+    "inputs",
     "lens",
     "metrics",
     "models",
@@ -51,6 +57,7 @@ _MODULES = (
     "sites",
     "sweep",
     "tables",
+    "task_prompts",
     "task_vectors",
     "tasks",
     "transfer",
@@ -63,9 +70,13 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.activations as activations
     import interp.analyses as analyses
     import interp.cross_modal as cross_modal
+    import interp.cross_modal_figures as cross_modal_figures
+    import interp.cross_modal_tables as cross_modal_tables
+    import interp.edit_files as edit_files
     import interp.edits as edits
     import interp.errors as errors
     import interp.figures as figures
+    import interp.inputs as inputs
     import interp.lens as lens
     import interp.metrics as metrics
     import interp.models as models
@@ -75,12 +86,15 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.sites as sites
     import interp.sweep as sweep
     import interp.tables as tables
+    import interp.task_prompts as task_prompts
     import interp.task_vectors as task_vectors
     import interp.tasks as tasks
     import interp.transfer as transfer
     import interp.zoo as zoo
 
     from .activations import Activations as Activations
+    from .edit_files import load_edits as load_edits
+    from .edit_files import save_edits as save_edits
     from .edits import Add as Add
     from .edits import Edit as Edit
     from .edits import Function as Function

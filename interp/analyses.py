@@ -93,9 +93,8 @@ def ensembles(
         raise InputError(
             f"ensemble sizes {list(sizes)} must lie between 1 and {vectors.n_prompts}, the number of prompts"
         )
-    order = torch.randperm(vectors.n_prompts, generator=torch.Generator().manual_seed(seed))
-    shuffled = TaskVectors(vectors.per_prompt[order], vectors.metadata)
-    means = [combine([shuffled.first(size)]) for size in sizes]
+    order = torch.randperm(vectors.n_prompts, generator=torch.Generator().manual_seed(seed)).tolist()
+    means = [combine([vectors.take(order[:size])]) for size in sizes]
     return means if instruction is None else [combine([mean, instruction]) for mean in means]
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, tables
-from .errors import InputError, InterpError, UnknownNameError, nearest
+from interp import __version__, tables
+from interp.errors import InputError, InterpError, UnknownNameError, nearest
 
 app = typer.Typer(
     help="Read and write the activations of vision-language models.",
@@ -79,7 +79,7 @@ def _sites(
     pattern: Annotated[str, typer.Argument(help="Such as 'blocks.*.hook_resid_post'.")] = "",
 ) -> None:
     """List the sites of a model, one a line."""
-    from .models.vlm import VLM
+    from interp.models.vlm import VLM
 
     for site in VLM.from_pretrained(model).sites(pattern or None):
         typer.echo(site)
@@ -88,7 +88,7 @@ def _sites(
 @app.command("zoo")
 def _zoo() -> None:
     """List the models that ship, with their figures."""
-    from . import zoo
+    from interp import zoo
 
     rows: list[tuple[str, str, float]] = []
     for name in zoo.names():

@@ -9,14 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from interp.errors import InputError
 from interp.models.vlm import VLM
+from interp.progress import track
 from interp.prompts import Prompt
 from interp.task_prompts import few_shot_prompts, instructed_prompts, query_prompts
 from interp.task_vectors import TaskVectors, combine, from_examples, from_instruction, random_like
 from interp.tasks import Item, Modality, Split, Task, draw_exemplars
-from interp.transfer import Scores, score_patches, score_prompts
+from interp.transfer import Scores, choose_layer, score_patches, score_prompts
 
 Bank = Mapping[str, Mapping[str, Sequence[TaskVectors]]]
 Kind = Literal["prompt", "patch", "control"]
@@ -231,6 +234,68 @@ def run_patches(
             theirs = _answers_of(other, items)
             again = score_patches(vlm, prompts, theirs, group, batch_size=settings.batch_size)
             yield Result(ITS_ANSWERS, kind, query, task.name, theirs, again, tuple(prompts), tuple(group))
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which block to patch, chosen on validation items alone.
+
+    Args:
+        layer: one block for the model: best on average over tasks, seeds and the four pairs of modalities.
+        by_task: the best block of each task by itself.
+        accuracy: what the choice rests on, by block.
+    """
+
+    layer: int
+    by_task: dict[str, int]
+    accuracy: tuple[float, ...]
+
+
+def choose_on_validation(vlm: VLM, tasks: Mapping[str, Task], bank: Bank, settings: Settings) -> LayerChoice:
+    """Choose the block to patch from examples patched into queries of validation items.
+
+    Args:
+        vlm: the model.
+        tasks: by name.
+        bank: from `specify`.
+        settings: shots and seeds.
+
+    Source: Luo et al. 2025: one layer per model; the best layer per task is reported beside it.
+    """
+    found: dict[str, list[Float[Tensor, "seed layer"]]] = {name: [] for name in tasks}
+    for task in track(list(tasks.values()), "choosing the layer"):
+        for query in MODALITIES:
+            for result in run_patches(vlm, task, tasks, bank, query, settings, "validation", controls=False):
+                if result.condition in MODALITIES:
+                    found[task.name].append(result.scores.accuracy)
+    by_task = {name: torch.cat(runs) for name, runs in found.items()}
+    everything = torch.stack(list(by_task.values()))
+    return LayerChoice(
+        choose_layer(everything),
+        {name: choose_layer(runs) for name, runs in by_task.items()},
+        tuple(everything.mean(dim=(0, 1)).tolist()),
+    )
+
+
+def check_tasks(tasks: Mapping[str, Task]) -> None:
+    """Refuse tasks that the experiment cannot be run on, before anything runs.
+
+    Args:
+        tasks: by name.
+
+    Raises:
+        InputError: a task without instruction, category or images, or without other tasks to serve as its controls.
+    """
+    for task in tasks.values():
+        if not task.instruction.strip():
+            raise InputError(f"task {task.name!r} has no instruction")
+        if not task.category:
+            raise InputError(f"task {task.name!r} has no category: controls need tasks of the same and of another one")
+        without = [item.input for item in (*task.validation, *task.test) if item.image is None]
+        if without:
+            raise InputError(f"task {task.name!r} has no image for {without[0]!r}")
+        _answers_of(partner(task, tasks), task.test)
+        stranger(task, tasks)
 
 
 def _answers_of(task: Task, items: Sequence[Item]) -> tuple[Item, ...]:

@@ -86,7 +86,7 @@ def answers_figure(vlm: VLM, world: Mapping[str, Task], bank: Bank, layer: int) 
         items = task.test[:2]
         prompts = query_prompts(items, "image")
         alone = generate_answers(vlm, prompts)
-        patched = generate_answers(vlm, prompts, edits=[bank[name]["text"][0].patch(layer)])
+        patched = generate_answers(vlm, prompts, edits=[bank[name]["text"][0].patch(layer, vlm)])
         for row, (item, before, after) in enumerate(zip(items, alone, patched, strict=True)):
             shown = f"{name.split('-')[-1]}: {after}\nalone: {before}"
             cells[row].append((load_image(item_input(item, "image")), shown, exact_match(after, item.answers)))

@@ -150,20 +150,11 @@ def exact_answers(
     """
     found: dict[tuple[str, str, str], list[float]] = {}
     for result in (r for r in results if r.kind != "control"):
-        edits = [result.vectors[0].patch(layer)] if result.vectors else []
+        edits = [result.vectors[0].patch(layer, vlm)] if result.vectors else []
         answers = generate_answers(vlm, result.prompts, edits=edits, max_new_tokens=max_new_tokens)
         key = (result.query, result.kind, result.condition)
         found.setdefault(key, []).append(exact_accuracy(answers, result.items))
     return {key: float(np.mean(values)) for key, values in found.items()}
-
-
-def best_layers(results: Sequence[Result], condition: str = "text", query: str = "image") -> dict[str, int]:
-    """The best layer of each task by itself, for one condition; the lowest one on ties."""
-    return {
-        r.task: int(r.scores.accuracy.mean(dim=0).argmax())
-        for r in results
-        if r.kind == "patch" and (r.condition, r.query) == (condition, query)
-    }
 
 
 def stacked(results: Sequence[Result], condition: str, query: str, tasks: Sequence[str]) -> np.ndarray:

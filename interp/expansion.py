@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from transformers import ProcessorMixin
 
-from .errors import InputError
+from interp.errors import InputError
 
 # What a processor returns about the text; everything else belongs to the images.
 _OF_THE_TEXT = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import InputError
+from interp.errors import InputError
 
 ImageLike = Image.Image | str | Path
 OFFICIAL_WIDTH = 224

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .errors import InputError, ShapeError
-from .prompts import Prompt, shorten
+from interp.errors import InputError, ShapeError
+from interp.prompts import Prompt, shorten
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -265,15 +265,15 @@ class Interval:
     high: float
 
 
-Scores = Shaped[np.ndarray, "..."] | Sequence[Any]
+ItemScores = Shaped[np.ndarray, "..."] | Sequence[Any]
 
 
-def bootstrap_interval(values: Scores, *, seed: int, confidence: float = 0.95, n_resamples: int = 2000) -> Interval:
+def bootstrap_interval(values: ItemScores, *, seed: int, confidence: float = 0.95, n_resamples: int = 2000) -> Interval:
     """Percentile bootstrap interval of a mean.
 
     Args:
-        values: one score per item ``[item]``; or ``[seed, item]``: seeds are drawn with replacement, and then
-            items within each drawn seed.
+        values: one score per item ``[item]``; or ``[seed, item]``: seeds and items are both drawn with replacement,
+            the same items for every seed, since all seeds ask the same queries.
         seed: of the resampling.
         confidence: e.g. 0.95.
         n_resamples: how many.
@@ -289,7 +289,7 @@ def bootstrap_interval(values: Scores, *, seed: int, confidence: float = 0.95, n
 
 
 def mean_bootstrap_interval(
-    tasks: Sequence[Scores], *, seed: int, confidence: float = 0.95, n_resamples: int = 2000
+    tasks: Sequence[ItemScores], *, seed: int, confidence: float = 0.95, n_resamples: int = 2000
 ) -> Interval:
     """Percentile bootstrap interval of a mean over tasks: the mean over tasks of each task's mean.
 
@@ -301,6 +301,9 @@ def mean_bootstrap_interval(
 
     Returns:
         The mean and its interval.
+
+    Raises:
+        ShapeError, InputError: as ``bootstrap_interval``; also without any scores.
     """
     if not 0 < confidence < 1:
         raise InputError(f"confidence must be between 0 and 1, not {confidence}.")
@@ -313,11 +316,11 @@ def mean_bootstrap_interval(
     return Interval(float(np.mean([one.mean() for one in scores])), float(low), float(high))
 
 
-def _seed_by_item(values: Scores) -> Float[np.ndarray, "seed item"]:
+def _seed_by_item(values: ItemScores) -> Float[np.ndarray, "seed item"]:
     array = np.asarray(values, dtype=np.float64)
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[1] < 2:
-        raise ShapeError(f"Scores must be [item] or [seed, item] with at least two items, not {array.shape}.")
+        raise ShapeError(f"ItemScores must be [item] or [seed, item] with at least two items, not {array.shape}.")
     if not np.isfinite(array).all():
         raise InputError(f"{int((~np.isfinite(array)).sum())} of {array.size} scores are not finite.")
     return array
@@ -333,7 +336,7 @@ def _resampled_means(
     for start in range(0, n_resamples, step):
         count = min(step, n_resamples - start)
         seeds = generator.integers(n_seeds, size=(count, n_seeds, 1))
-        items = generator.integers(n_items, size=(count, n_seeds, n_items))
+        items = generator.integers(n_items, size=(count, 1, n_items))
         means[start : start + count] = scores[seeds, items].mean(axis=(1, 2))
     return means
 

@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 from PIL import Image
 
-from .errors import InputError
-from .images import ImageLike
+from interp.errors import InputError
+from interp.images import ImageLike
 
 IMAGE_PLACEHOLDER = "<image>"
 _NAME = re.compile(r"[A-Za-z_]\w*")

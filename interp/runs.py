@@ -28,8 +28,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import __version__
-from .errors import InputError, UnknownNameError, nearest
+from interp import __version__
+from interp.errors import InputError, UnknownNameError, nearest
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "matplotlib")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, nearest
-from .images import load_image
+from interp.errors import InputError, nearest
+from interp.images import load_image
 
 REQUIRED = ("input", "output")
 OPTIONAL = ("image", "aliases", "id")

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError, UnknownNameError, nearest
-from .images import ImageLike
-from .prompts import READ_AT, XTV, Prompt, ReadAt, Segment, Template, few_shot, instruction, query
-from .tasks import Draw, Item, Modality, Task
+from interp.errors import InputError, UnknownNameError, nearest
+from interp.images import ImageLike
+from interp.prompts import READ_AT, XTV, Prompt, ReadAt, Segment, Template, few_shot, instruction, query
+from interp.tasks import Draw, Item, Modality, Task
 
 
 def item_input(item: Item, modality: Modality) -> str | ImageLike:

@@ -83,20 +83,37 @@ class TaskVectors:
             raise InputError(f"layer {layer} is out of range: these task vectors have layers 0 to {self.n_layers - 1}")
         return self.mean[layer]
 
-    def patch(self, layer: int, at: Any = "last") -> Replace:
+    def patch(self, layer: int, vlm: VLM, at: Any = "last") -> Replace:
         """The edit that puts the vector of one block in place of that block's output.
 
         Args:
             layer: block, counted from 0; the same index as where the vector was read.
+            vlm: the model to be patched; it may be another one than the vectors come from, of the same shape.
             at: position in the query; its last token by default.
+
+        Raises:
+            ShapeError: the model has another width or number of blocks.
+            InputError: no such block.
         """
+        self.check(vlm)
         return Replace(SITE.format(layer=layer), self.at(layer), at=at)
 
-    def first(self, n: int) -> "TaskVectors":
-        """The vectors of the first ``n`` prompts."""
-        if not 1 <= n <= self.n_prompts:
-            raise InputError(f"cannot take {n} of {self.n_prompts} prompts")
-        return TaskVectors(self.per_prompt[:n], {**self.metadata, "n_prompts": n})
+    def take(self, prompts: Sequence[int]) -> "TaskVectors":
+        """The vectors of some prompts, in the order given, with the part of the metadata that is theirs.
+
+        Args:
+            prompts: indexes of prompts, none twice.
+
+        Raises:
+            InputError: an index that does not exist or occurs twice, or none.
+        """
+        chosen = list(prompts)
+        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(self.n_prompts)):
+            raise InputError(f"cannot take prompts {chosen} of {self.n_prompts}")
+        metadata = {**self.metadata, "n_prompts": len(chosen)}
+        if "items" in metadata:
+            metadata["items"] = [metadata["items"][prompt] for prompt in chosen]
+        return TaskVectors(self.per_prompt[chosen], metadata)
 
     def check(self, vlm: VLM) -> None:
         """Refuse a model that the vectors do not fit, before anything runs.
@@ -142,8 +159,10 @@ class TaskVectors:
             metadata = json.loads(about.read_text())
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"the task vectors at {file} are corrupt: {error}") from error
-        if list(tensors) != ["task_vectors"] or not isinstance(metadata, dict):
+        if list(tensors) != ["task_vectors"]:
             raise InputError(f"{file} holds {sorted(tensors)}, not 'task_vectors': another kind of file")
+        if not isinstance(metadata, dict):
+            raise InputError(f"{about} holds a {type(metadata).__name__}, not the metadata of task vectors")
         return cls(tensors["task_vectors"].float(), metadata)
 
 
@@ -209,7 +228,6 @@ def from_examples(
     method: str | ReadAt = "xtv",
     template: Template | None = None,
     shuffle_labels: bool = False,
-    n_prompts: int | None = None,
     batch_size: int = 16,
 ) -> TaskVectors:
     """Task vectors of examples drawn from a task's validation items, one prompt per item.
@@ -223,7 +241,6 @@ def from_examples(
         method: where to read (`prompts.READ_AT`).
         template: instead of the method's own.
         shuffle_labels: give the examples each other's answers; a control.
-        n_prompts: only the first so many items. None: all.
         batch_size: prompts per forward.
 
     Raises:
@@ -231,7 +248,7 @@ def from_examples(
 
     Source: Luo et al. 2025, sections 3 and 4; official code (30 prompts of 5 examples, mean over prompts).
     """
-    draws = draw_exemplars(task, n_shots, seed=seed, split="validation")[:n_prompts]
+    draws = draw_exemplars(task, n_shots, seed=seed, split="validation")
     if shuffle_labels:
         generator = torch.Generator().manual_seed(seed)
         draws = [_shuffled(draw, int(torch.randint(2**31, (), generator=generator))) for draw in draws]
@@ -325,6 +342,9 @@ def similarity(
         a, b: sets of task vectors.
         layer: block, counted from 0.
         center: subtract each side's mean first, which takes away what all tasks of that side share.
+
+    Raises:
+        InputError: a layer that does not exist.
     """
     sides = [torch.stack([v.at(layer) for v in side]) for side in (a, b)]
     if center:

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import InputError, UnknownNameError, nearest
-from .images import ImageLike
-from .task_files import Row, read_rows
+from interp.errors import InputError, UnknownNameError, nearest
+from interp.images import ImageLike
+from interp.task_files import Row, read_rows
 
 Modality = Literal["text", "image"]
 Split = Literal["validation", "test"]

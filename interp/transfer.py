@@ -144,7 +144,7 @@ def score_patches(
     for one in vectors:
         one.check(vlm)
     layers = list(range(vlm.n_layers)) if layers is None else list(layers)
-    variants = [one.patch(layer) for one in vectors for layer in layers]
+    variants = [one.patch(layer, vlm) for one in vectors for layer in layers]
     parts = []
     for chunk in _chunks(prompts, items, batch_size):
         swept = vlm.sweep(vlm.prepare(chunk[0]), variants)
@@ -190,23 +190,17 @@ def exact_accuracy(answers: Sequence[str], items: Sequence[Item]) -> float:
     return float(np.mean([exact_match(answer, item.answers) for answer, item in zip(answers, items, strict=True)]))
 
 
-def choose_layer(accuracy: Float[Tensor, "*run layer"], log_prob: Float[Tensor, "*run layer"] | None = None) -> int:
-    """The layer of highest accuracy averaged over everything else.
+def choose_layer(accuracy: Float[Tensor, "*run layer"]) -> int:
+    """The layer of highest accuracy averaged over everything else; the lowest one on ties.
 
     Args:
         accuracy: on *validation* queries, for any number of tasks, seeds or conditions.
-        log_prob: mean log-probability of the answers, which decides between layers of equal accuracy. A model that
-            saturates the metric ties over many layers. None, or a tie in it too: the lowest layer.
 
-    Source: Luo et al. 2025: one layer per model, argmax of the task-averaged validation accuracy, lowest on ties.
+    Source: Luo et al. 2025: one layer per model, argmax of the task-averaged validation accuracy.
     """
     means = accuracy.reshape(-1, accuracy.shape[-1]).double().mean(dim=0)
     # Sums over many runs round differently at layers that are right equally often.
-    best = means > means.max() - 1e-6
-    if log_prob is None:
-        return int(best.int().argmax())
-    sure = log_prob.reshape(-1, log_prob.shape[-1]).double().mean(dim=0)
-    return int(sure.masked_fill(~best, -torch.inf).argmax())
+    return int((means > means.max() - 1e-6).int().argmax())
 
 
 def _chunks(

@@ -1,5 +1,7 @@
 """Phases, context embeddings and ensembles against closed forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,3 +70,10 @@ def test_the_ensemble_curve_scores_each_size_and_seed():
     whole = combine([combine([vectors[1]]), instruction])
     expected = score_patches(vlm, prompts, TASK.test, [whole], layers=[1], case_sensitive=False).accuracy[0, 0]
     assert curves["examples + instruction"][1, 1] == expected
+    # Lower-cased: answers written in capitals count as well.
+    loud = tuple(replace(item, output=item.output.upper()) for item in TASK.test)
+    token = score_patches(vlm, prompts, TASK.test, [whole], layers=[1]).answers(vlm)[0, 0]
+    heard = tuple(replace(item, output=text.strip().swapcase() + "zz") for item, text in zip(loud, token, strict=True))
+    assert all(text.strip() for text in token)
+    shouted = analyses.ensemble_curve(vlm, prompts, heard, vectors, instruction, 1, [3], (1, 2))
+    assert shouted["examples + instruction"][1, 0] == 1.0

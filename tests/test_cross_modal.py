@@ -1,14 +1,24 @@
 """Conditions, controls and tables of the transfer experiment, each against one computed apart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from interp import cross_modal
-from interp.cross_modal import Settings, partner, run_patches, run_prompts, specify, stranger
+from interp.cross_modal import (
+    Settings,
+    check_tasks,
+    choose_on_validation,
+    partner,
+    run_patches,
+    run_prompts,
+    specify,
+    stranger,
+)
 from interp.cross_modal_tables import (
     at_layer,
-    best_layers,
     by_layer,
     exact_answers,
     per_item,
@@ -19,7 +29,7 @@ from interp.errors import InputError
 from interp.task_prompts import few_shot_prompts, query_prompts
 from interp.task_vectors import from_examples
 from interp.tasks import draw_exemplars
-from interp.transfer import score_patches, score_prompts
+from interp.transfer import generate_answers, score_patches, score_prompts
 from tests.worded import llama, llava, tasks
 
 SETTINGS = Settings(n_shots=2, seeds=(1, 2), n_random=2, batch_size=3)
@@ -142,4 +152,60 @@ def test_tables_by_layer_and_item_hold_every_cell(results):
     scores = at_layer(one(results, "text", "food-color", "patch"), 1)
     assert patched["log_prob"].tolist() == pytest.approx(scores.log_prob.flatten().tolist())
     assert stacked(results, "text", "image", list(WORLD)).shape == (2, 4)
-    assert set(best_layers(results)) == set(WORLD)
+
+
+def test_the_layer_is_chosen_on_validation_items_and_on_nothing_else(bank):
+    vlm = llava()
+    # The random model is never right: call right what it says to validation items when block 2 is patched.
+    world = {}
+    for name, task in WORLD.items():
+        prompts = query_prompts(task.validation, "image")
+        said = score_patches(vlm, prompts, task.validation, bank[name]["text"][:1], layers=[2]).answers(vlm)[0, 0]
+        pairs = zip(task.validation, said, strict=True)
+        told = tuple(replace(item, output=text.strip() or item.output) for item, text in pairs)
+        world[name] = replace(task, validation=told)
+    choice = choose_on_validation(vlm, world, bank, SETTINGS)
+    by_hand = {split: [] for split in ("validation", "test")}
+    for name, task in world.items():
+        for split, found in by_hand.items():
+            runs = [
+                score_patches(vlm, query_prompts(task.items(split), query), task.items(split), bank[name][source])
+                for query in ("text", "image")
+                for source in ("text", "image")
+            ]
+            found.append(torch.cat([run.accuracy for run in runs]).mean(dim=0))
+    expected = torch.stack(by_hand["validation"]).mean(dim=0)
+    torch.testing.assert_close(torch.tensor(choice.accuracy), expected)
+    assert choice.layer == int(expected.argmax())
+    assert choice.by_task == {name: int(one.argmax()) for name, one in zip(world, by_hand["validation"], strict=True)}
+    # The other split says something else, so that it would have been seen.
+    assert not torch.allclose(torch.stack(by_hand["test"]).mean(dim=0), expected)
+
+
+def test_exact_accuracy_is_that_of_patched_generation(results):
+    vlm, task = llava(), WORLD["country-capital"]
+    found = one(results, "image", kind="patch")
+    answers = generate_answers(vlm, found.prompts, edits=[found.vectors[0].patch(0, vlm)], max_new_tokens=3)
+    # The random model is never right: call its patched answers right, and its unpatched ones wrong.
+    assert answers != generate_answers(vlm, found.prompts, max_new_tokens=3)
+    items = tuple(replace(item, output=answer) for item, answer in zip(task.test, answers, strict=True))
+    told = replace(found, items=items)
+    assert exact_answers(vlm, [told], 0, max_new_tokens=3) == {("image", "patch", "image"): 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"instruction": ""}, "no instruction"),
+        ({"category": None}, "no category"),
+        ({"category": "weather"}, "second task of its category"),
+    ],
+)
+def test_tasks_without_what_the_conditions_need_are_refused_at_once(change, words):
+    check_tasks(WORLD)
+    broken = {**WORLD, "food-color": replace(WORLD["food-color"], **change)}
+    with pytest.raises(InputError, match=words):
+        check_tasks(broken)
+    bare = replace(WORLD["food-color"], test=tuple(replace(i, image=None) for i in WORLD["food-color"].test))
+    with pytest.raises(InputError, match="no image for"):
+        check_tasks({**WORLD, "food-color": bare})

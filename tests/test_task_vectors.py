@@ -6,7 +6,9 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
+from interp import VLM
 from interp.edits import Add
 from interp.errors import InputError, ShapeError, UnknownNameError
 from interp.prompts import few_shot, instruction
@@ -154,6 +156,34 @@ def test_saving_and_loading_gives_the_same_vectors_and_metadata(tmp_path):
         assert loaded.metadata == json.loads(json.dumps(dict(vectors.metadata)))
 
 
+def test_taking_prompts_takes_their_metadata_along():
+    vectors = TaskVectors(torch.randn(3, 4, 8), {"task": "t", "items": [["a"], ["b"], ["c"]], "n_prompts": 3})
+    taken = vectors.take([2, 0])
+    assert torch.equal(taken.per_prompt, vectors.per_prompt[[2, 0]])
+    assert taken.metadata == {"task": "t", "items": [["c"], ["a"]], "n_prompts": 2}
+    for wrong in ([], [3], [0, 0], [-1]):
+        with pytest.raises(InputError, match="cannot take prompts"):
+            vectors.take(wrong)
+
+
+def test_a_half_precision_model_gives_float32_vectors_averaged_in_float32():
+    wide = llava()
+    model = LlavaForConditionalGeneration(wide.model.config).eval()
+    model.load_state_dict(wide.model.state_dict())
+    half = VLM(model.to(torch.bfloat16), wide.processor)
+    prompts = [few_shot(PAIRS[:2], "Japan"), few_shot(PAIRS[1:], "Chad"), few_shot(PAIRS[::2], "Peru")]
+    vectors = read(half, prompts, "last")
+    assert vectors.per_prompt.dtype == vectors.mean.dtype == torch.float32
+    assert vectors.metadata["dtype"] == "bfloat16"
+    # The mean of bfloat16 numbers in float32 is not itself a bfloat16 number, as a mean in bfloat16 would be.
+    assert not torch.equal(vectors.mean, vectors.mean.to(torch.bfloat16).float())
+    with half.edit(vectors.patch(1, half)):
+        patched = half(half.prepare([few_shot([], "Chad")])).logits
+    assert patched.dtype == torch.bfloat16 and not torch.equal(
+        patched, half(half.prepare([few_shot([], "Chad")])).logits
+    )
+
+
 def test_corrupt_foreign_and_missing_files_are_refused(tmp_path):
     vectors = TaskVectors(torch.randn(1, 4, 8), {"task": "t"})
     file = vectors.save(tmp_path / "v")
@@ -166,6 +196,9 @@ def test_corrupt_foreign_and_missing_files_are_refused(tmp_path):
     file.write_bytes(content)
     (tmp_path / "v.json").write_text("{not json")
     with pytest.raises(InputError, match="corrupt"):
+        TaskVectors.load(file)
+    (tmp_path / "v.json").write_text("[1]")
+    with pytest.raises(InputError, match="not the metadata"):
         TaskVectors.load(file)
     (tmp_path / "v.json").unlink()
     with pytest.raises(InputError, match=r"v\.json"):
@@ -183,17 +216,16 @@ def test_bad_vectors_layers_and_models_are_refused():
     vectors = TaskVectors(torch.randn(1, 4, 32))
     for layer in (-1, 4):
         with pytest.raises(InputError, match="layers 0 to 3"):
-            vectors.patch(layer)
+            vectors.patch(layer, llava())
     for other in (other_llama(n_layers=3), other_llama(d_model=40)):
         with pytest.raises(ShapeError, match="do not fit"):
-            vectors.check(other)
-    vectors.check(llava())
+            vectors.patch(0, other)
 
 
 def test_layer_zero_is_a_layer():
     vectors = TaskVectors(torch.arange(4 * 32).reshape(1, 4, 32).float())
-    assert vectors.patch(0).site == "blocks.0.hook_resid_post"
-    assert torch.equal(vectors.patch(0).value, torch.arange(32.0))
+    assert vectors.patch(0, llava()).site == "blocks.0.hook_resid_post"
+    assert torch.equal(vectors.patch(0, llava()).value, torch.arange(32.0))
 
 
 def test_reading_at_nothing_or_at_many_tokens_is_refused():
@@ -213,7 +245,7 @@ def test_adding_the_difference_of_two_vectors_is_replacing_one_by_the_other():
     inputs = vlm.prepare([few_shot([], "Peru")])
     source = read(vlm, [few_shot(PAIRS, "Chad")], "last")
     own = read(vlm, [few_shot([], "Peru")], "last")
-    replaced, clean = source.patch(2), vlm(inputs).logits
+    replaced, clean = source.patch(2, vlm), vlm(inputs).logits
     with vlm.edit(replaced):
         a = vlm(inputs).logits
     with vlm.edit(Add(replaced.site, source.at(2) - own.at(2), at="last")):

@@ -1,15 +1,16 @@
 """Figures for papers. Each function draws on the axes it is given, or on a new figure, and returns the axes.
 
 Nothing here touches matplotlib's global state: the style holds only while a function draws, and new figures
-are unknown to pyplot. In a notebook, end a cell with ``figures.accuracy_by_layer(...).figure`` to see one.
+are unknown to pyplot. To see one in a notebook, run ``%matplotlib inline`` once and end a cell with
+``figures.accuracy_by_layer(...).figure``.
 Sizes are in inches; a column of most proceedings is 3.3 wide.
 """
 
-from .curves import accuracy_by_layer, lens_phases, sample_efficiency
-from .drawing import COLOURS, COLUMN, panels, style
-from .images import image_strip
-from .maps import embedding_scatter
-from .tables import condition_bars, similarity_matrix, transfer_table
+from interp.figures.curves import accuracy_by_layer, lens_phases, sample_efficiency
+from interp.figures.drawing import COLOURS, COLUMN, panels, style
+from interp.figures.images import image_strip
+from interp.figures.maps import embedding_scatter
+from interp.figures.tables import condition_bars, similarity_matrix, transfer_table
 
 __all__ = [
     "COLOURS",

@@ -12,8 +12,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
-from ..errors import InputError, ShapeError
-from .drawing import COLUMN, MARKERS, QUIET, axes_or_new, blend, check_known, colours_for, finite, seed_rows
+from interp.errors import InputError, ShapeError
+from interp.figures.drawing import (
+    COLUMN,
+    MARKERS,
+    QUIET,
+    axes_or_new,
+    blend,
+    check_known,
+    colours_for,
+    finite,
+    seed_rows,
+)
 
 
 def accuracy_by_layer(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from ..errors import InputError, ShapeError, UnknownNameError, nearest
+from interp.errors import InputError, ShapeError, UnknownNameError, nearest
 
 # Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")

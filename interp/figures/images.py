@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from ..errors import InputError, ShapeError
-from .drawing import COLOURS, axes_or_new
+from interp.errors import InputError, ShapeError
+from interp.figures.drawing import COLOURS, axes_or_new
 
 
 def image_strip(

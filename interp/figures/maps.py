@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from ..errors import ShapeError
-from .drawing import COLUMN, MARKERS, QUIET, axes_or_new, colours_for, finite, legend_key
+from interp.errors import ShapeError
+from interp.figures.drawing import COLUMN, MARKERS, QUIET, axes_or_new, colours_for, finite, legend_key
 
 
 def embedding_scatter(

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from ..errors import InputError, ShapeError
-from .drawing import COLUMN, axes_or_new, blend, check_known, colours_for, finite, legend_key, seed_rows
+from interp.errors import InputError, ShapeError
+from interp.figures.drawing import COLUMN, axes_or_new, blend, check_known, colours_for, finite, legend_key, seed_rows
 
 
 def similarity_matrix(
