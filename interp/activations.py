@@ -1,7 +1,7 @@
 """What a capture returns: named tensors with named axes."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from interp.hooks import Tap, gradients_of
 from interp.sites import match, parse
 
 
-# Not Mapping[str, Tensor]: run-time checkers would look inside, and stacking calls of different shapes
-# raises.
+# Not Mapping[str, Tensor]: run-time checkers would look inside, and stacking calls of different shapes raises.
 class Activations(Mapping):
     """Captured activations, a mapping from site name to tensor.
 
@@ -58,9 +57,8 @@ class Activations(Mapping):
             if len({tensor.shape for tensor in tensors}) > 1:
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:4])
                 raise ShapeError(
-                    f"{site} ran {len(tensors)} times with different shapes ({shapes}, ...): capture one "
-                    "token per call "
-                    "(at='last'), or take them apart with .calls(site)"
+                    f"{site} ran {len(tensors)} times with different shapes ({shapes}, ...): capture one token per "
+                    "call (at='last'), or take them apart with .calls(site)"
                 )
             self._stacked[site] = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
         return self._stacked[site]
@@ -123,12 +121,20 @@ class Activations(Mapping):
     def select(self, pattern: str) -> "Activations":
         """The captured sites that a name or pattern selects."""
         sites = match(pattern, self)
-        return Activations({s: self._calls[s] for s in sites}, {s: self._axes[s] for s in sites}, self.output)
+        taps = tuple(tap for tap in self._taps if tap.place.site in sites)
+        return Activations({s: self._calls[s] for s in sites}, {s: self._axes[s] for s in sites}, self.output, taps)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Activations":
-        """A copy on another device or in another dtype."""
+        """A copy on another device or in another dtype; gradients still come as the capture was made."""
         moved = {site: [t.to(device=device, dtype=dtype) for t in tensors] for site, tensors in self._calls.items()}
-        return Activations(moved, self._axes, self.output)
+        return Activations(moved, self._axes, self.output, self._taps)
+
+    def fill(self, taps: Sequence[Tap]) -> None:
+        """Take in what the taps of a session have caught, in place of what was here."""
+        self._calls = {tap.place.site: list(tap.caught) for tap in taps}
+        self._axes = {tap.place.site: _axes(tap) for tap in taps}
+        self._stacked = {}
+        self._taps = tuple(tap for tap in taps if tap.grad)
 
     def gradients(self, metric: Float[Tensor, "..."]) -> "Activations":
         """Gradient of a scalar with respect to every captured site, selected as the captures are.
@@ -193,11 +199,16 @@ def from_taps(taps: list[Tap], output: Any = None) -> Activations:
         taps: taps that have caught something.
         output: the model's output.
     """
-    calls, axes = {}, {}
-    for tap in taps:
-        calls[tap.place.site] = tap.caught
-        names = tap.place.axes
-        if tap.caught and tap.caught[0].ndim == len(names) - 1:
-            names = tuple(name for name in names if name not in ("pos", "query"))
-        axes[tap.place.site] = names
-    return Activations(calls, axes, output, tuple(tap for tap in taps if tap.grad))
+    acts = Activations({}, {}, output)
+    acts.fill(taps)
+    return acts
+
+
+def _axes(tap: Tap) -> tuple[str, ...]:
+    """Names of the axes of what a tap has caught in one call."""
+    names = tap.place.axes
+    n_axes = tap.caught[0].ndim if tap.caught else len(names)
+    if n_axes == len(names) - 1:
+        return tuple(name for name in names if name not in ("pos", "query"))
+    # A raw module's output may have any axes, such as the rows and columns of a convolution.
+    return names if n_axes == len(names) else ("batch", *(f"axis_{index}" for index in range(1, n_axes)))

@@ -10,6 +10,7 @@ replaces.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import InputError, ShapeError
+from interp.positions import Indexes, plain
 from interp.selection import Group, When, Where
 from interp.sites import Place
 
@@ -37,9 +39,19 @@ class Edit:
 
     site: str
     at: Any = field(default=None, kw_only=True)
-    heads: int | Sequence[int] | None = field(default=None, kw_only=True)
-    rows: int | Sequence[int] | None = field(default=None, kw_only=True)
+    heads: Indexes | None = field(default=None, kw_only=True)
+    rows: Indexes | None = field(default=None, kw_only=True)
     when: When = field(default="prefill", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Turn arrays of other libraries into lists, so that edits print, compare and save."""
+        for name in ("at", "heads", "rows"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the new value of one entry depends on other selected entries, which it then has to see."""
+        return False
 
     def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         """The new values of the selected entries; ``x`` itself is left as it is."""
@@ -54,7 +66,7 @@ class Edit:
     @property
     def where(self) -> Where:
         """The selection, in the form that the engine resolves."""
-        return Where(self.at, _indexes(self.rows), _indexes(self.heads), self.when)
+        return Where(self.at, self.rows, self.heads, self.when)
 
     def check(self, place: Place) -> None:
         """Refuse what can be seen to be wrong before anything runs.
@@ -62,24 +74,28 @@ class Edit:
         Raises:
             InputError, ShapeError: a selection or value that the site cannot have.
         """
-        self.where.check(place)
-        for name, value in self._tensors().items():
+        where = self.where
+        where.check(place)
+        heads = [] if where.heads is None else [head % int(place.n_heads or 1) for head in where.heads]
+        if len(set(heads)) < len(heads):
+            raise InputError(f"heads={where.heads} at {self.site}: a head is selected twice")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _check_kind(self, f.name, f.type, value)
+            if not isinstance(value, Tensor):
+                continue
             if not torch.isfinite(value).all():
-                raise InputError(f"{type(self).__name__} at {self.site}: {name} holds NaN or infinite numbers")
-            width = place.width
-            if value.ndim and width is not None and value.shape[-1] != width:
+                raise InputError(f"{type(self).__name__} at {self.site}: {f.name} holds NaN or infinite numbers")
+            if value.ndim and place.width not in (None, value.shape[-1]):
                 raise ShapeError(
-                    f"{type(self).__name__} at {self.site}: {name} has width {value.shape[-1]}, the site has {width}"
+                    f"{type(self).__name__} at {self.site}: {f.name} has width {value.shape[-1]}, "
+                    f"the site has {place.width}"
                 )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return all(_same(a, b) for a, b in pairs)
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     def __hash__(self) -> int:
         return hash((type(self), self.site))
@@ -106,9 +122,7 @@ class Replace(Edit):
 
     value: Tensor
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         return _aligned(self, self.value, x, group, place).expand_as(x)
 
 
@@ -119,11 +133,8 @@ class Add(Edit):
     value: Tensor
     scale: float = 1.0
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
-        step = _aligned(self, self.value.to(_precise(x)) * self.scale, x, group, place)
-        return x + step
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
+        return x + _aligned(self, self.value.to(_precise(x)) * self.scale, x, group, place)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,9 +144,7 @@ class Interpolate(Edit):
     value: Tensor
     weight: float
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         return torch.lerp(x, _aligned(self, self.value, x, group, place).expand_as(x), self.weight)
 
 
@@ -145,9 +154,7 @@ class Scale(Edit):
 
     factor: float
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         return x * self.factor
 
 
@@ -155,9 +162,7 @@ class Scale(Edit):
 class Zero(Edit):
     """Set to zero."""
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         return torch.zeros_like(x)
 
 
@@ -172,12 +177,14 @@ class MeanAblate(Edit):
 
     mean: Tensor | None = None
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    @property
+    def mixes(self) -> bool:
+        return self.mean is None
+
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         return self.transform_all([x], [group], place)[0]
 
-    def transform_all(  # noqa: D102
+    def transform_all(
         self, xs: Sequence[Float[Tensor, "_ _ ..."]], groups: Sequence[Group], place: Place
     ) -> list[Float[Tensor, "_ _ ..."]]:
         if self.mean is not None:
@@ -203,9 +210,7 @@ class Resample(Edit):
     source: Tensor | None = None
     seed: int = 0
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         generator = torch.Generator().manual_seed(self.seed)
         if self.source is not None:
             drawn = torch.randint(len(self.source), (group.n_examples,), generator=generator)
@@ -213,8 +218,7 @@ class Resample(Edit):
         n_examples = len(group.examples.unique())
         if n_examples < 2 or not bool(group.real.all()):
             raise InputError(
-                f"Resample at {self.site} without a source exchanges activations between examples: it "
-                "needs at least "
+                f"Resample at {self.site} without a source exchanges activations between examples: it needs at least "
                 "two that have equally many selected positions, none of them padding"
             )
         step = int(torch.randint(1, n_examples, (), generator=generator))
@@ -236,19 +240,16 @@ class Project(Edit):
     onto: bool = False
     center: Tensor | None = None
 
-    def check(self, place: Place) -> None:  # noqa: D102
+    def check(self, place: Place) -> None:
         super().check(place)
         basis = torch.atleast_2d(self.directions).float()
         if basis.ndim != 2 or int(torch.linalg.matrix_rank(basis)) < len(basis):
             raise ShapeError(
-                f"Project at {self.site}: directions of shape {tuple(self.directions.shape)} must be [d] "
-                "or [k, d], "
+                f"Project at {self.site}: directions of shape {tuple(self.directions.shape)} must be [d] or [k, d], "
                 "not zero and linearly independent"
             )
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         precise = _precise(x)
         basis, _ = torch.linalg.qr(torch.atleast_2d(self.directions).to(x.device, precise).T)
         center = 0.0 if self.center is None else self.center.to(x.device, precise)
@@ -268,9 +269,16 @@ class Function(Edit):
 
     function: Callable[[Tensor], Tensor]
 
-    def transform(  # noqa: D102
-        self, x: Float[Tensor, "row n ..."], group: Group, place: Place
-    ) -> Float[Tensor, "row n ..."]:
+    @property
+    def mixes(self) -> bool:
+        return True
+
+    def check(self, place: Place) -> None:
+        super().check(place)
+        if not callable(self.function):
+            raise InputError(f"Function at {self.site}: {type(self.function).__name__} cannot be called")
+
+    def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
         pattern = place.side == "pattern"
         given = rearrange(x, "row query head key -> row head query key") if pattern else x
         new = self.function(given.clone())
@@ -299,10 +307,16 @@ def as_edits(edits: Any) -> list[Edit]:
     return listed
 
 
-def _indexes(given: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    if given is None:
-        return None
-    return (given,) if isinstance(given, int) else tuple(int(i) for i in given)
+def _check_kind(edit: Edit, name: str, kind: Any, value: Any) -> None:
+    """Refuse a value that is no tensor, or a factor that is no finite number."""
+    what = f"{type(edit).__name__} at {edit.site}: {name}"
+    if kind in (Tensor, Tensor | None) and not isinstance(value, Tensor) and not (value is None and kind != Tensor):
+        raise InputError(f"{what} is {type(value).__name__}, expected a tensor: torch.as_tensor makes one of numbers")
+    if kind is float and not (isinstance(value, Tensor) and value.ndim == 0):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise InputError(f"{what} is {value!r}, expected a number")
+        if not math.isfinite(value):
+            raise InputError(f"{what} is {value!r}, expected a finite number")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -341,9 +355,8 @@ def _by_position(edit: Edit, value: Tensor, group: Group) -> Tensor:
         return value
     if value.shape[1] != group.n_positions or bool((group.ordinals < 0).any()):
         raise ShapeError(
-            f"{edit!r}: the value holds {value.shape[1]} positions, the edit selects {group.n_positions} "
-            "of the prompt"
-            f"{' and decoded tokens besides' if bool((group.ordinals < 0).any()) else ''}"
+            f"{edit!r}: the value holds {value.shape[1]} positions, the edit selects {group.n_positions} of the "
+            f"prompt{' and decoded tokens besides' if bool((group.ordinals < 0).any()) else ''}"
         )
     return value[torch.arange(len(value), device=value.device)[:, None], group.ordinals]
 

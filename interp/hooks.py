@@ -2,38 +2,29 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp.clock import Clock
 from interp.edits import Edit
-from interp.errors import InputError, NeverFiredError, ShapeError
-from interp.positions import Layout, layouts_from_mask
+from interp.errors import InputError, NeverFiredError, ShapeError, SiteUnavailableError
 from interp.selection import Call, Group, Where, groups
 from interp.sites import Place, Side
 from interp.stations import Listener, attach, axes_back, put_back, view
 
-_known_layouts: ContextVar[tuple[Layout, ...] | None] = ContextVar("known_layouts", default=None)
+_live = threading.local()
 
 
-@contextmanager
-def known_layouts(layouts: tuple[Layout, ...] | None) -> Iterator[None]:
-    """Tell the sessions of this thread where the named positions of the coming inputs are.
-
-    Args:
-        layouts: one per prompt. None: a session looks at the attention mask of each call.
-    """
-    token = _known_layouts.set(layouts)
-    try:
-        yield
-    finally:
-        _known_layouts.reset(token)
+def live_edits(model: nn.Module) -> "list[Applied]":
+    """The edits of a model's sessions that are open in this thread, outermost first."""
+    sessions: list[Session] = getattr(_live, "sessions", [])
+    return [applied for session in sessions if session.model is model for applied in session.edits]
 
 
 @dataclass
@@ -74,8 +65,7 @@ class Tap:
             counts = sorted(group.positions.shape[1] for group in found)
             raise ShapeError(
                 f"capture at {self.place.site}: rows have {counts[0]} to {counts[-1]} positions for "
-                f"at={self.where.at!r}, "
-                "which is no rectangle. Capture the rows apart (rows=...), or everything (at=None)"
+                f"at={self.where.at!r}, which is no rectangle. Capture rows apart (rows=...), or everything (at=None)"
             )
         else:
             kept = found[0].gather(part)
@@ -83,8 +73,7 @@ class Tap:
             kept = kept[:, :, list(self.where.heads)]
         single = isinstance(self.where.at, int | str) and kept.shape[1] == 1
         kept = kept[:, 0] if single else axes_back(kept, self.place)
-        # A copy: models and users may write into the tensor afterwards, and a slice would keep all of it
-        # alive.
+        # A copy: models and users may write into the tensor afterwards, and a slice would keep all of it alive.
         moved = kept.to(device=self.device or kept.device, dtype=self.dtype or kept.dtype)
         if self.grad:
             return moved
@@ -99,12 +88,14 @@ class Applied:
         edit: the edit.
         place: its site.
         variant: which copy of each prompt it belongs to in a sweep, else None.
+        image_token: id of the tokens whose entries image features overwrite after this site, where there are such.
         times: how often it has changed something.
     """
 
     edit: Edit
     place: Place
     variant: int | None = None
+    image_token: int | None = None
     times: int = 0
 
     def __post_init__(self) -> None:
@@ -116,6 +107,7 @@ class Applied:
         found = groups(self.where, self.place, part, call)
         if not found:
             return None
+        self._refuse(found, part, call)
         heads = None if self.where.heads is None else torch.tensor(self.where.heads, device=part.device)
         chosen = [group.gather(part) if heads is None else group.gather(part)[:, :, heads] for group in found]
         new = self.edit.transform_all(chosen, found, self.place)
@@ -131,6 +123,23 @@ class Applied:
             else:
                 changed[rows[..., None], positions[..., None], heads] = value.to(part.dtype)
         return changed
+
+    def _refuse(self, found: list[Group], part: Tensor, call: Call) -> None:
+        """Stop edits that would do something other than they say in this call."""
+        if self.edit.mixes and not all(group.complete for group in found):
+            raise InputError(
+                f"{self.edit!r} works on its selected positions together, but this call holds only some of them: "
+                "the prompt comes in several calls (chunks, a KV cache), or the site sees its end only "
+                "(logits_to_keep). Run the prompt in one call, or select positions that it holds (at='last')"
+            )
+        ids = call.ids
+        if self.image_token is None or self.edit.at is None or ids is None or ids.shape != part.shape[:2]:
+            return
+        if any(bool(((group.gather(ids) == self.image_token) & (group.ordinals >= 0)).any()) for group in found):
+            raise SiteUnavailableError(
+                f"{self.edit!r} selects tokens of an image, where it would change nothing: image features take the "
+                "place of the placeholders' embeddings. Edit projector.hook_out or blocks.0.hook_resid_pre"
+            )
 
 
 class Session(AbstractContextManager["Session"]):
@@ -155,16 +164,17 @@ class Session(AbstractContextManager["Session"]):
     ) -> None:
         self.model, self.decoder = model, decoder
         self.taps, self.edits = list(taps), list(edits)
-        self.call = Call()
+        self.clock = Clock(model, decoder)
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> "Session":
         """Put the hooks in place; if one cannot be, none stays."""
         try:
-            # The model embeds tokens before it calls the decoder, and users may call the decoder alone.
-            for module in {self.model, self.decoder}:
-                clock = self._clock(threading.get_ident())
-                self._undo.append(module.register_forward_pre_hook(clock, with_kwargs=True).remove)
+            if not hasattr(_live, "sessions"):
+                _live.sessions = []
+            self._undo.append(partial(_live.sessions.remove, self))
+            _live.sessions.append(self)
+            self._undo += self.clock.start()
             for (path, side), edits, listener in self._listeners():
                 self._undo.append(attach(self.model.get_submodule(path), side, listener, edits=edits))
         except BaseException:
@@ -185,9 +195,8 @@ class Session(AbstractContextManager["Session"]):
         idle = [applied.edit for applied in self.edits if not applied.times]
         if idle:
             raise NeverFiredError(
-                f"{len(idle)} of {len(self.edits)} edits never applied, so the output is not what they ask "
-                f"for: {idle[0]!r}. "
-                "Either its module did not run, or no token of the call is in its selection"
+                f"{len(idle)} of {len(self.edits)} edits never applied, so the output is not what they ask for: "
+                f"{idle[0]!r}. Either its module did not run, or no token of the call is in its selection"
             )
         silent = [tap.place.site for tap in self.taps if not tap.caught]
         if silent:
@@ -217,7 +226,7 @@ class Session(AbstractContextManager["Session"]):
         def listen(x: Tensor) -> Tensor | None:
             changed = False
             for applied in edits:
-                part = applied.apply(view(x, applied.place), self.call)
+                part = applied.apply(view(x, applied.place), self.clock.call)
                 if part is not None:
                     x, changed = put_back(x, part, applied.place), True
             return x if changed else None
@@ -228,39 +237,15 @@ class Session(AbstractContextManager["Session"]):
         def listen(x: Tensor) -> Tensor | None:
             for tap in taps:
                 if not tap.grad:
-                    tap.take(view(x, tap.place), self.call)
+                    tap.take(view(x, tap.place), self.clock.call)
                     continue
                 # The captured tensor has to lie on the path to the output, or it has no gradient.
                 part = view(x if x.requires_grad else x.detach().requires_grad_(), tap.place)
-                tap.take(part, self.call)
+                tap.take(part, self.clock.call)
                 x = put_back(x, part, tap.place)
             return x if any(tap.grad for tap in taps) else None
 
         return listen
-
-    def _clock(self, owner: int) -> Callable[..., None]:
-        # Torch passes no kwargs while another thread is putting the hook in place or taking it away.
-        def tick(module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
-            if threading.get_ident() != owner or kwargs is None:
-                return
-            given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
-            tokens = next((x for x in given if isinstance(x, Tensor)), None)
-            if tokens is None:
-                raise InputError(f"{type(module).__name__} was called without input_ids or inputs_embeds")
-            batch, length = int(tokens.shape[0]), int(tokens.shape[1])
-            cache = kwargs.get("past_key_values")
-            past = int(cache.get_seq_length()) if cache is not None else 0
-            layouts = self.call.layouts
-            if past == 0 or not layouts:
-                unpadded = tuple(Layout(0, past + length, named=False) for _ in range(batch))
-                layouts = _known_layouts.get() or _layouts_of(kwargs.get("attention_mask")) or unpadded
-            self.call = Call(past, length, layouts)
-
-        return tick
-
-
-def _layouts_of(mask: Any) -> tuple[Layout, ...] | None:
-    return layouts_from_mask(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def gradients_of(metric: Float[Tensor, ""], taps: Sequence[Tap]) -> list[list[Tensor]]:
@@ -281,9 +266,8 @@ def gradients_of(metric: Float[Tensor, ""], taps: Sequence[Tap]) -> list[list[Te
             grad = next(grads)
             if grad is None or not bool(grad.any()):
                 raise NeverFiredError(
-                    f"the gradient at {tap.place.site} is "
-                    f"{'missing' if grad is None else 'zero everywhere'}: "
-                    "the metric does not depend on this site"
+                    f"the gradient at {tap.place.site} is {'missing' if grad is None else 'zero everywhere'}: the "
+                    "metric does not depend on this site"
                 )
             by_call.append(tap.select(grad, found).detach())
         selected.append(by_call)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from .errors import InputError
-from .expansion import expand_images
-from .images import ImageLike, load_image
-from .positions import Layout, PerRow, layouts_from_mask, resolve
-from .prompts import IMAGE_PLACEHOLDER, Prompt, Segment, shorten
+from interp.errors import InputError
+from interp.expansion import expand_images
+from interp.images import ImageLike, load_image
+from interp.positions import Layout, PerRow, layouts_from_mask, resolve
+from interp.prompts import IMAGE_PLACEHOLDER, Prompt, Segment, shorten
 
 __all__ = ["Inputs", "Layout", "PerRow", "PromptLike", "layouts_from_mask", "prepare", "resolve"]
 

@@ -2,17 +2,20 @@
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .errors import InputError, UnknownNameError, nearest
+from interp.errors import InputError, UnknownNameError, nearest
 
 _POSITION = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:\[(?P<index>-?\d+)\])?(?:\.(?P<end>\w+))?")
 _ENDS = ("first", "last")
+
+Indexes = SupportsIndex | Sequence[SupportsIndex]
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,49 @@ def names_image(at: Any) -> bool:
     """Whether a selector asks for the tokens of images by name."""
     if isinstance(at, str):
         return re.split(r"[\[.]", at)[0] == "image"
+    if isinstance(at, PerRow):
+        return names_image(at.at)
     return isinstance(at, list | tuple) and any(names_image(one) for one in at)
+
+
+def plain(at: Any) -> Any:
+    """A selector with the arrays, tensors and integers of other libraries in it turned into lists and integers.
+
+    Raises:
+        InputError: an array of something other than integers, or with more than one axis.
+    """
+    if isinstance(at, PerRow):
+        return PerRow(tuple(plain(one) for one in at.at))
+    if isinstance(at, list | tuple):
+        return type(at)(plain(one) for one in at) if type(at) in (list, tuple) else [plain(one) for one in at]
+    if isinstance(at, np.ndarray | np.generic | Tensor):
+        array = at.detach().cpu().numpy() if isinstance(at, Tensor) else np.asarray(at)
+        if array.dtype.kind not in "iu" or array.ndim > 1:
+            raise InputError(
+                f"an array of {array.dtype} with shape {array.shape} selects nothing: give integers along one axis "
+                "(PerRow gives each row its own)"
+            )
+        return array.tolist()
+    return at
+
+
+def indexes(name: str, given: Any) -> tuple[int, ...] | None:
+    """Rows or heads as plain integers.
+
+    Args:
+        name: what they are called in errors.
+        given: an integer, several, or None for all.
+
+    Raises:
+        InputError: something that is no integer.
+    """
+    if given is None:
+        return None
+    given = plain(given)
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if any(isinstance(one, bool) or not hasattr(one, "__index__") for one in listed):
+        raise InputError(f"{name}={given!r}: give an integer, several integers, or None for all")
+    return tuple(operator.index(one) for one in listed)
 
 
 def resolve(at: Any, layouts: Sequence[Layout], seq_len: int) -> list[list[int]]:

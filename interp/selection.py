@@ -8,7 +8,7 @@ even when the prefill comes in chunks; decoded tokens lie beyond the prompt and 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from interp.errors import InputError, ShapeError
-from interp.positions import Layout, PerRow, resolve
+from interp.positions import Layout, PerRow, indexes, plain, resolve
 from interp.sites import Place
 
 When = Literal["prefill", "every"] | int
@@ -32,12 +32,14 @@ class Call:
         past: tokens already in the KV cache.
         length: tokens of this call; 0 before any call.
         layouts: where the real tokens and named segments of each prompt are.
+        ids: the call's token ids, where it has them.
         memo: selections that were resolved in this call, so that every layer shares one resolution.
     """
 
     past: int = 0
     length: int = 0
     layouts: tuple[Layout, ...] = ()
+    ids: Tensor | None = field(default=None, compare=False, repr=False)
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -59,6 +61,7 @@ class Group:
         n_examples: how many prompts are selected.
         real: False where an entry is padding.
         whole: whether the group is the whole tensor, in order.
+        complete: whether the call holds all selected positions of all prompts, or decoded tokens alone.
     """
 
     rows: Int[Tensor, " row"]
@@ -69,6 +72,7 @@ class Group:
     n_examples: int
     real: Bool[Tensor, "row n"]
     whole: bool = False
+    complete: bool = True
 
     @property
     def index(self) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row n"]]:
@@ -93,10 +97,16 @@ class Where:
     """
 
     at: Any = None
-    rows: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
+    rows: Any = None
+    heads: Any = None
     when: When = "prefill"
     variant: int | None = None
+
+    def __post_init__(self) -> None:
+        """Turn arrays and integers of other libraries into plain ones, so that selections print and compare."""
+        object.__setattr__(self, "at", plain(self.at))
+        object.__setattr__(self, "rows", indexes("rows", self.rows))
+        object.__setattr__(self, "heads", indexes("heads", self.heads))
 
     def check(self, place: Place) -> None:
         """Refuse a selection that the site cannot have, before anything runs.
@@ -107,8 +117,7 @@ class Where:
         """
         if not place.positional and _has_name(self.at):
             raise InputError(
-                f"{self.at!r} is a position of the prompt, but the positions of {place.site} are those of "
-                "an image: "
+                f"{self.at!r} is a position of the prompt, but the positions of {place.site} are those of an image: "
                 "give integers, and choose images with rows="
             )
         if self.heads is not None:
@@ -190,23 +199,39 @@ def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool) -> li
         return [_everything(x, layouts, offset, prompt_length)]
     ordinals = _ordinals(where.at, layouts, prompt_length, chosen) if offset < prompt_length else None
     later = [index for index in window[max(0, prompt_length - offset) :] if _wanted(where, index - prompt_length, tap)]
-    if tap and isinstance(where.at, str) and where.at == "last":
-        later = [window[-1]] if window[-1] >= prompt_length else []
+    if tap and isinstance(where.at, str) and where.at == "last" and window[-1] >= prompt_length:
+        # Without a KV cache the call holds the prompt again, whose last token is not the last one any more.
+        ordinals, later = None, [window[-1]]
+    if not tap:
+        _refuse_duplicates(where, place, chosen, ordinals)
 
     copies = batch // n_prompts
     variants = range(copies) if where.variant is None else [where.variant]
+    n_selected = 0 if ordinals is None else sum(len(ordinals[prompt]) for prompt in chosen)
+    n_held = 0
     by_size: dict[tuple[int, int], list[_Entry]] = defaultdict(list)
     for example, prompt in enumerate(chosen):
         selected = [] if ordinals is None else ordinals[prompt]
         here = [(p - offset, k) for k, p in enumerate(selected) if p in window]
+        n_held += len(here)
         here += [(p - offset, -1) for p in later]
         if here:
             entries = by_size[len(here), len(selected)]
             entries += [_Entry(prompt * copies + copy, prompt, example, here) for copy in variants]
     starts = [layout.start - offset for layout in layouts]
-    return [
-        _group(entries, n_positions, len(chosen), starts, x.device) for (_, n_positions), entries in by_size.items()
-    ]
+    found = [_group(e, n_positions, len(chosen), starts, x.device) for (_, n_positions), e in by_size.items()]
+    return [replace(group, complete=n_held in (0, n_selected)) for group in found]
+
+
+def _refuse_duplicates(where: Where, place: Place, chosen: list[int], ordinals: Sequence[Sequence[int]] | None) -> None:
+    """An edit that writes an entry twice would keep one of two values, by chance."""
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"rows={where.rows} at {place.site}: a row is selected twice")
+    if ordinals is None or where.at is None:
+        return
+    for prompt in chosen:
+        if len(set(ordinals[prompt])) < len(ordinals[prompt]):
+            raise InputError(f"at={where.at!r} at {place.site}: a position is selected twice in row {prompt}")
 
 
 class _Entry(NamedTuple):
@@ -244,6 +269,7 @@ def _everything(x: Tensor, layouts: Sequence[Layout], offset: int, prompt_length
         n_examples=len(layouts),
         real=positions + offset >= start,
         whole=True,
+        complete=length == prompt_length,
     )
 
 

@@ -7,12 +7,12 @@ too: ``model.language_model.layers.3:output``.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from interp.errors import InputError, UnknownNameError, nearest
+from interp.errors import InputError, SiteUnavailableError, UnknownNameError, nearest
 
 Side = Literal["input", "output", "pattern"]
 
@@ -89,18 +89,21 @@ def is_pattern(name: str) -> bool:
     return any(mark in name for mark in "*?[")
 
 
-def match(pattern: str, names: Iterable[str]) -> list[str]:
+def match(pattern: str, names: Iterable[str], reasons: Mapping[str, str] | None = None) -> list[str]:
     """The names that a shell-style pattern selects, in the order given.
 
     Args:
-        pattern: a site name, or a pattern such as ``blocks.*.hook_resid_post``. A ``*`` never crosses a
-            tower: ``blocks.*`` does not select ``vision.blocks.0...``.
+        pattern: a site name, or a pattern such as ``blocks.*.hook_resid_post``. It has to match the whole name,
+            so ``blocks.*`` leaves ``vision.blocks.0...`` out; a ``*`` stands for dots as well, so that
+            ``*.hook_resid_post`` selects both towers.
         names: the sites that exist.
+        reasons: why other sites are not available, by name.
 
     Returns:
         At least one name.
 
     Raises:
+        SiteUnavailableError: all that matches is not available.
         UnknownNameError: nothing matches; the message lists the nearest names.
     """
     names = list(names)
@@ -108,6 +111,9 @@ def match(pattern: str, names: Iterable[str]) -> list[str]:
     if not found and pattern in names:
         found = [pattern]
     if not found:
+        absent = [name for name in reasons or {} if fnmatchcase(name, pattern)]
+        if absent and reasons:
+            raise SiteUnavailableError(f"site {absent[0]!r} is not available in this model: {reasons[absent[0]]}")
         raise unknown(pattern, names)
     return found
 
@@ -124,8 +130,7 @@ def unknown(site: str, names: Iterable[str]) -> UnknownNameError:
         ]
         if layers:
             return UnknownNameError(
-                f"site {site!r}: layer {parsed.layer} is out of range, this model has {parsed.leaf!r} at "
-                "layers "
+                f"site {site!r}: layer {parsed.layer} is out of range, this model has {parsed.leaf!r} at layers "
                 f"{min(layers)} to {max(layers)}"
             )
     kind = "no site matches the pattern" if is_pattern(site) else "unknown site"
@@ -134,16 +139,18 @@ def unknown(site: str, names: Iterable[str]) -> UnknownNameError:
     )
 
 
-def expand(sites: str | Iterable[str], names: Iterable[str]) -> list[str]:
+def expand(sites: str | Iterable[str], names: Iterable[str], reasons: Mapping[str, str] | None = None) -> list[str]:
     """Expand one or many names and patterns, each site once, in the order asked for.
 
     Args:
         sites: a name, a pattern, a raw ``path:side``, or several of them. Names without wildcards pass
             through.
         names: the sites that exist, for the patterns.
+        reasons: why other sites are not available, by name.
 
     Raises:
         InputError: no site was asked for.
+        SiteUnavailableError: a pattern that selects only sites that are not available.
         UnknownNameError: a pattern that selects nothing.
     """
     names = list(names)
@@ -152,5 +159,5 @@ def expand(sites: str | Iterable[str], names: Iterable[str]) -> list[str]:
         raise InputError("no sites given: name at least one, such as 'blocks.*.hook_resid_post'")
     found: dict[str, None] = {}
     for site in asked:
-        found.update(dict.fromkeys(match(site, names) if is_pattern(site) else [site]))
+        found.update(dict.fromkeys(match(site, names, reasons) if is_pattern(site) else [site]))
     return list(found)

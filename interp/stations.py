@@ -131,8 +131,7 @@ def _find_output(module: nn.Module, output: Any) -> Tensor:
     first = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(first, Tensor):
         raise InputError(
-            f"{type(module).__name__} returns {type(output).__name__}, not a tensor or a tuple that starts "
-            "with one: "
+            f"{type(module).__name__} returns {type(output).__name__}, not a tensor or a tuple that starts with one: "
             "name a module further inside"
         )
     return first

@@ -7,7 +7,7 @@ forward.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from interp.clock import known_layouts
 from interp.errors import InputError
-from interp.hooks import Applied, Session, known_layouts
+from interp.hooks import Applied, Session, live_edits
 from interp.inputs import Inputs
 from interp.positions import Layout, layouts_from_mask
 from interp.selection import Call, groups, position_ids
@@ -56,8 +57,7 @@ class Plan:
         ratio = self.naive_token_layers / max(1, self.token_layers)
         return (
             f"{self.n_variants} variants × {self.batch} rows: {self.token_layers:,} token-layers against "
-            f"{self.naive_token_layers:,} of the naive loop ({ratio:.1f}×); shared prefix of "
-            f"{self.shared_prefix} of "
+            f"{self.naive_token_layers:,} of the naive loop ({ratio:.1f}×); shared prefix of {self.shared_prefix} of "
             f"{self.seq_len} tokens{f'; {self.reason}' if self.reason else ''}"
         )
 
@@ -116,6 +116,10 @@ def _obstacle(vlm: Any, inputs: Mapping[str, Any], variants: Sequence[Sequence[A
     outside = [a.place.site for edits in variants for a in edits if not vlm.inside_decoder(a.place)]
     if outside:
         return f"{outside[0]} lies before the language model's blocks, whose inputs are computed once"
+    # What comes before the blocks runs once, on the whole prompt, and so does an edit in it.
+    mixing = [a.edit for a in live_edits(vlm.model) if a.edit.mixes and vlm.inside_decoder(a.place)]
+    if mixing:
+        return f"{mixing[0]!r} of an outer block works on all its entries together, which no other variant may join"
     return ""
 
 
@@ -164,10 +168,9 @@ def _shared(
     logits = []
     for start in range(0, len(variants), per_forward):
         chunk = variants[start : start + per_forward]
-        edits = [Applied(a.edit, a.place, variant=index) for index, edits in enumerate(chunk) for a in edits]
+        edits = [replace(a, variant=index, times=0) for index, edits in enumerate(chunk) for a in edits]
         n = len(chunk)
-        # The copies of a row lie side by side, as beams do, so that edits of an outer block find their
-        # prompts.
+        # The copies of a row lie side by side, as beams do, so that edits of an outer block find their prompts.
         with Session(vlm.model, vlm.decoder, edits=edits):
             output = vlm.model(
                 inputs_embeds=repeat(embeds[:, first:], "batch pos d -> (batch variant) pos d", variant=n),

@@ -135,3 +135,22 @@ def test_metrics_without_a_gradient(acts) -> None:
         acts.gradients(0 * acts.output.logits.sum())
     with pytest.raises(NeverFiredError, match="missing"):
         acts.gradients(torch.ones((), requires_grad=True) * 2)
+
+
+def test_selected_sites_keep_their_graph() -> None:
+    vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
+    acts = vlm.capture(inputs, SITES, grad=True)
+    metric = acts.output.logits[:, -1, 5].sum()
+    want = acts.gradients(metric)["blocks.1.hook_resid_post"]
+    for some in (acts.select("blocks.1.*"), acts.to(dtype=torch.float64).select("blocks.1.*")):
+        got = some.gradients(metric)
+        assert list(got) == ["blocks.1.hook_resid_post"]
+        assert torch.equal(got["blocks.1.hook_resid_post"], want)
+
+
+def test_axes_of_raw_modules() -> None:
+    vlm = tiny.vlm("llava")
+    conv, mlp = "model.vision_tower.embeddings.patch_embedding:output", "model.language_model.layers.1.mlp:output"
+    acts = vlm.capture(tiny.image_inputs(), [conv, mlp])
+    assert acts.axes(conv) == ("batch", "axis_1", "axis_2", "axis_3") and acts[conv].ndim == 4
+    assert acts.axes(mlp) == ("batch", "pos", "feature")

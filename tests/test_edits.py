@@ -1,11 +1,13 @@
 """Every edit against its closed form, and edits as values."""
 
+import numpy as np
 import pytest
 import torch
 
 from interp import Add, Edit, Function, Interpolate, MeanAblate, Project, Replace, Resample, Scale, Zero
 from interp.edits import as_edits
 from interp.errors import InputError, ShapeError
+from interp.positions import PerRow
 from tests import tiny
 
 SITE = "blocks.1.hook_resid_post"
@@ -198,3 +200,54 @@ def test_the_users_tensors_stay_as_they_are(vlm, inputs) -> None:
     value, kept = V.clone(), V.clone()
     vlm.capture(inputs, SITE, edits=[Replace(SITE, value), Function(SITE, lambda x: x.add_(1))])
     assert torch.equal(value, kept)
+
+
+def given(edit, **fields):
+    """An edit as it is without the checks of types that tests run under."""
+    for name, value in fields.items():
+        object.__setattr__(edit, name, value)
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (given(Replace(SITE, V), value=[1.0] * 32), "value is list, expected a tensor"),
+        (given(Add(SITE, V), value=np.ones(32)), "value is ndarray, expected a tensor"),
+        (given(MeanAblate(SITE), mean=[1.0] * 32), "mean is list"),
+        (given(Scale(SITE, 1.0), factor=None), "factor is None, expected a number"),
+        (given(Scale(SITE, 1.0), factor="2"), "factor is '2'"),
+        (given(Scale(SITE, 1.0), factor=True), "factor is True"),
+        (Scale(SITE, float("nan")), "finite"),
+        (Add(SITE, V, scale=float("inf")), "scale is inf"),
+        (Interpolate(SITE, V, float("nan")), "weight is nan"),
+        (given(Function(SITE, torch.tanh), function=3), "cannot be called"),
+        (given(Zero(SITE), rows="all"), "rows='all'"),
+        (given(Zero(SITE), rows=True), "rows=True"),
+        (given(Zero("blocks.1.attn.hook_z"), heads="all"), "heads='all'"),
+        (given(Zero("blocks.1.attn.hook_z"), heads=[1.5]), "heads="),
+        (Zero("blocks.1.attn.hook_z", heads=[0, -4]), "a head is selected twice"),
+        (Zero(SITE, rows=[0, -3]), "a row is selected twice"),
+        (Zero(SITE, at=["last", -1]), "selected twice in row 0"),
+        (Zero(SITE, at=PerRow(([0], [1, 1], [2]))), "selected twice in row 1"),
+    ],
+)
+def test_what_no_edit_can_mean(vlm, inputs, edit, match) -> None:
+    with pytest.raises(InputError, match=match):
+        vlm.capture(inputs, SITE, edits=edit)
+
+
+@pytest.mark.parametrize("array", [np.array([0, -1]), torch.tensor([0, -1])])
+def test_integers_of_other_libraries(vlm, inputs, array) -> None:
+    clean, after = before_and_after(vlm, inputs, Zero(SITE, at=array, rows=array[:1]))
+    want = clean.clone()
+    want[0, [0, -1]] = 0
+    assert torch.equal(after, want)
+    assert torch.equal(vlm.capture(inputs, SITE, at=array)[SITE], vlm.capture(inputs, SITE, at=[0, -1])[SITE])
+    assert vlm.capture(inputs, SITE, at=array[0])[SITE].shape == (3, 32)
+    z = "blocks.1.attn.hook_z"
+    assert torch.equal(vlm.capture(inputs, z, heads=array[0])[z], vlm.capture(inputs, z, heads=0)[z])
+    assert Zero(SITE, at=array) == Zero(SITE, at=[0, -1]) and "at=[0, -1]" in repr(Zero(SITE, at=array))
+    for bad in (array > 0, array * 0.5, array[None]):
+        with pytest.raises(InputError, match="integers along one axis"):
+            Zero(SITE, at=bad)

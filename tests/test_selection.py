@@ -72,6 +72,29 @@ def test_copies_of_a_prompt_lie_side_by_side() -> None:
         entries(Where("last"), shape=(3, 6, 1))
 
 
+def test_the_last_token_of_a_call_that_holds_the_prompt_again() -> None:
+    again = Call(0, 8, LAYOUTS)
+    assert entries(Where("last"), again, (2, 8, 1), tap=True) == [(0, 7, 0, -1), (1, 7, 1, -1)]
+    assert entries(Where("last"), again, (2, 8, 1)) == [(0, 5, 0, 0), (1, 5, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "complete"),
+    [
+        (Where(), Call(0, 6, LAYOUTS), True),
+        (Where(), Call(0, 4, LAYOUTS), False),
+        (Where(), Call(4, 2, LAYOUTS), False),
+        (Where("last"), Call(4, 2, LAYOUTS), True),
+        (Where([0, "last"]), Call(4, 2, LAYOUTS), False),
+        (Where(PerRow((0, -1))), Call(0, 4, LAYOUTS), False),
+        (Where(when="every"), Call(6, 1, LAYOUTS), True),
+    ],
+)
+def test_whether_a_call_holds_all_of_a_selection(where, call, complete) -> None:
+    found = groups(where, PLACE, torch.zeros(2, call.length, 1), call)
+    assert found and all(group.complete == complete for group in found)
+
+
 @pytest.mark.parametrize("where", [Where(), Where(slice(None)), Where(rows=(1, 0))])
 def test_padding_is_known(where) -> None:
     (group, *more) = groups(where, PLACE, torch.zeros(4, 6, 1), Call(0, 6, LAYOUTS))

@@ -157,6 +157,38 @@ def test_edits_of_an_outer_block_apply_to_their_own_prompts() -> None:
     torch.testing.assert_close(swept.logits, want, **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "outer",
+    [
+        MeanAblate(RESID.format(0)),
+        # Its mean over rows would take in those of other variants, which edit an earlier layer.
+        MeanAblate(RESID.format(3), at="last"),
+        Function(RESID.format(0), lambda x: x - x.mean(1, keepdim=True)),
+    ],
+)
+def test_edits_of_an_outer_block_that_mix_entries(outer) -> None:
+    vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
+    variants = [[Add(RESID.format(1), torch.ones(32), at="last")], [Zero("blocks.2.hook_mlp_out", at=-2)]]
+    want = naive(vlm, inputs, [[outer, *edits] for edits in variants])
+    with vlm.edit(outer):
+        swept = vlm.sweep(inputs, variants)
+    torch.testing.assert_close(swept.logits, want, **TOLERANCE)
+    assert "outer block" in swept.plan.reason and swept.plan.shared_prefix == 0
+    assert vlm.sweep(inputs, variants).plan.shared_prefix > 0
+
+
+@pytest.mark.parametrize("site", ["projector.hook_out", "hook_embed"])
+def test_edits_of_an_outer_block_before_the_blocks_run_once(site) -> None:
+    vlm, inputs = tiny.vlm("llava"), tiny.image_inputs()
+    outer = Function(site, lambda x: x - x.mean(1, keepdim=True))
+    variants = [[Add(RESID.format(1), torch.ones(32), at="last")], [Zero("blocks.2.hook_mlp_out", at=-2)]]
+    want = naive(vlm, inputs, [[outer, *edits] for edits in variants])
+    with vlm.edit(outer):
+        swept = vlm.sweep(inputs, variants)
+    torch.testing.assert_close(swept.logits, want, **TOLERANCE)
+    assert swept.plan.images_shared and swept.plan.shared_prefix > 0
+
+
 def test_prefix_keys_within_the_budget(monkeypatch) -> None:
     vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
     variants = [[Zero(RESID.format(i), at="last")] for i in range(4)]

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from interp.clock import known_layouts
 from interp.errors import InputError
-from interp.hooks import Applied, Session, known_layouts
+from interp.hooks import Applied, Session
 from interp.inputs import Inputs
+from interp.models.checks import check_guidance, check_length
 from interp.positions import layouts_from_mask
 
 
@@ -29,7 +31,8 @@ def continue_prompts(
         The new tokens only.
 
     Raises:
-        InputError: no ``input_ids``, or padding that is not on the left.
+        InputError: no ``input_ids``, padding that is not on the left, more tokens than the model has positions for,
+            or guidance together with edits.
     """
     arguments = dict(inputs)
     ids = arguments.get("input_ids")
@@ -37,8 +40,9 @@ def continue_prompts(
         raise InputError("generation needs input_ids")
     if arguments.get("attention_mask") is None:
         arguments["attention_mask"] = torch.ones_like(ids)
-    # The mask that the model sees may cover a chunk of the prompt, or drafted tokens after it: this one is
-    # right.
+    check_length(arguments, vlm.max_positions, max_new_tokens)
+    check_guidance(vlm, edits, options)
+    # The mask that the model sees may cover a chunk of the prompt, or drafted tokens after it: this one is right.
     layouts = inputs.layout if isinstance(inputs, Inputs) else layouts_from_mask(arguments["attention_mask"])
     with torch.no_grad(), known_layouts(layouts), Session(vlm.model, vlm.decoder, edits=edits):
         made = vlm.model.generate(**arguments, max_new_tokens=max_new_tokens, **_settings(vlm, options))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -47,7 +48,7 @@ def load(
 
     Raises:
         UnknownNameError: an unknown zoo name.
-        InputError: nothing to load there, an unsupported family, or both ``device`` and ``device_map``.
+        InputError: nothing to load there, damaged files, an unsupported family, or both ``device`` and ``device_map``.
     """
     if device is not None and device_map is not None:
         raise InputError("give device or device_map, not both")
@@ -71,7 +72,7 @@ def _found(auto: Any, name: str | Path, source: str, **options: Any) -> Any:
     try:
         with _bars_where_seen():
             return auto.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         what = auto.__name__.removeprefix("Auto").removesuffix("ForCausalLM").removesuffix("ForImageTextToText")
         raise InputError(f"cannot load a {what.lower()} from {str(name)!r}: {str(error).splitlines()[0]}") from error
 

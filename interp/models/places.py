@@ -7,7 +7,7 @@ from torch import nn
 
 from interp.errors import InputError, SiteUnavailableError, UnknownNameError, nearest
 from interp.models.families import Family, Stack
-from interp.sites import HEADS, LOGITS, NEURONS, PATTERN, RESIDUAL, Place, parse, parse_raw, unknown
+from interp.sites import HEADS, LOGITS, NEURONS, PATTERN, RESIDUAL, Place, parse_raw, unknown
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class PlaceMap:
     Args:
         places: place by site name, in forward order.
         reasons: why a site of the grammar is not offered by this model, by name.
-        without_effect: why an edit at a site would change nothing, although it can be read.
+        without_effect: why an edit in a module would change nothing, although it can be read, by module path.
         modules: module paths, for raw sites.
     """
 
@@ -29,6 +29,11 @@ class PlaceMap:
     def names(self) -> list[str]:
         """Every site that can be used, in forward order."""
         return list(self.places)
+
+    def no_effect(self, place: Place) -> str | None:
+        """Why an edit at a place would change nothing; None where it can change something."""
+        inside = (reason for path, reason in self.without_effect.items() if f"{place.path}.".startswith(f"{path}."))
+        return next(inside, None)
 
     def place(self, site: str) -> Place:
         """Find one site.
@@ -78,8 +83,7 @@ def place_map(model: nn.Module, family: Family) -> PlaceMap:
     missing = [path for s in stacks if (path := f"{s.root}.{s.blocks}") not in modules]
     if missing:
         raise InputError(
-            f"{type(model).__name__} has no module {missing[0]!r}, which a model of the family "
-            f"{family.name!r} has: "
+            f"{type(model).__name__} has no module {missing[0]!r}, which a model of the family {family.name!r} has: "
             "load it with its head (AutoModelForCausalLM, AutoModelForImageTextToText)"
         )
     reasons: dict[str, str] = {}
@@ -106,24 +110,26 @@ def place_map(model: nn.Module, family: Family) -> PlaceMap:
             )
     if family.lm_head in modules:
         found["unembed.hook_out"] = Place("unembed.hook_out", family.lm_head, "output", LOGITS)
-    return PlaceMap(found, reasons, _without_effect(model, found), frozenset(modules))
+    return PlaceMap(found, reasons, _without_effect(model, family.vision, modules), frozenset(modules))
 
 
-def _without_effect(model: nn.Module, places: dict[str, Place]) -> dict[str, str]:
-    """Vision blocks after the last one whose features the language model reads."""
+def _without_effect(model: nn.Module, vision: Stack | None, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Modules of the vision tower after the last block whose features the language model reads."""
     feature_layers = getattr(model.config, "vision_feature_layer", None)
-    if feature_layers is None:
+    if feature_layers is None or vision is None:
         return {}
     chosen = [feature_layers] if isinstance(feature_layers, int) else list(feature_layers)
-    layers = {site: p.layer for site in places if (p := parse(site)) and p.tower == "vision" and p.layer is not None}
-    n_layers = 1 + max(layers.values())
+    n_layers = len(stack_blocks(modules, vision))
     # Feature layer k is the output of block k - 1; negative ones count from n_layers + 1 hidden states.
     last = max(layer if layer >= 0 else n_layers + 1 + layer for layer in chosen) - 1
     reason = (
         f"the language model reads the vision tower's features after block {last} "
         f"(vision_feature_layer={feature_layers})"
     )
-    return {site: reason for site, layer in layers.items() if layer > last}
+    blocks = [f"{vision.root}.{vision.blocks}.{layer}" for layer in range(last + 1, n_layers)]
+    # SigLIP's pooling head and CLIP's last norm make a summary of the image that the language model is not given.
+    after = [f"{vision.root}.{name}" for name in (vision.final_norm, "head")]
+    return dict.fromkeys([*blocks, *after], reason)
 
 
 def stack_blocks(modules: dict[str, nn.Module], stack: Stack) -> list[nn.Module]:
@@ -203,8 +209,7 @@ def _stack_places(
         yield place(f"{name}.hook_attn_out", f"{block}.{stack.attn}", "output", RESIDUAL, width=d_model), None
         yield (
             place(f"{name}.hook_resid_mid", block, "output", RESIDUAL),
-            "the block keeps the sum of residual and attention output in a local variable, where no hook "
-            "reaches it; "
+            "the block keeps the sum of residual and attention output in a local variable, where no hook reaches it; "
             f"read {prefix}{name}.hook_resid_pre plus {prefix}{name}.hook_attn_out, and edit hook_attn_out",
         )
         neurons = f"{block}.{stack.mlp_out}"

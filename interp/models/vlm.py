@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from interp.activations import Activations, from_taps
+from interp.clock import known_layouts
 from interp.edits import Edit, as_edits
-from interp.errors import InputError, SiteUnavailableError
-from interp.hooks import Applied, Session, Tap, known_layouts
+from interp.errors import InputError
+from interp.hooks import Applied, Session, Tap
 from interp.inputs import Inputs, PromptLike, prepare
+from interp.models.checks import arguments_for, placed
 from interp.models.embed import entering
 from interp.models.families import family_of
 from interp.models.generate import continue_prompts
 from interp.models.loading import load
 from interp.models.places import head_sizes, place_map, stack_blocks
-from interp.positions import names_image
-from interp.selection import Where, position_ids
+from interp.positions import Indexes
+from interp.selection import Where
 from interp.sites import Place, expand, match
 from interp.sweep import Sweep, run_sweep
 
@@ -151,8 +153,9 @@ class VLM:
 
         Raises:
             UnknownNameError: nothing matches; the message lists the nearest names.
+            SiteUnavailableError: all that matches are sites that this model cannot offer; the message says why.
         """
-        return self._places.names() if pattern is None else match(pattern, self._places.names())
+        return self._places.names() if pattern is None else match(pattern, self._places.names(), self._places.reasons)
 
     def place(self, site: str) -> Place:
         """Where a site is in this model: module path, side, axes.
@@ -201,6 +204,10 @@ class VLM:
 
         Args:
             inputs: prepared or plain model inputs.
+
+        Raises:
+            InputError: a row longer than `max_positions`, or inputs with which the model does not call its language
+                model.
         """
         return entering(self, self._embedding, inputs)
 
@@ -215,9 +222,12 @@ class VLM:
 
         Returns:
             The model's own output object.
+
+        Raises:
+            InputError: a row longer than `max_positions`.
         """
         with known_layouts(inputs.layout if isinstance(inputs, Inputs) else None):
-            return self.model(**self._arguments(inputs), **options)
+            return self.model(**arguments_for(inputs, self.max_positions), **options)
 
     def capture(
         self,
@@ -225,8 +235,8 @@ class VLM:
         sites: str | Sequence[str],
         at: Any = None,
         *,
-        heads: int | Sequence[int] | None = None,
-        rows: int | Sequence[int] | None = None,
+        heads: Indexes | None = None,
+        rows: Indexes | None = None,
         edits: Edit | Sequence[Edit] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -254,7 +264,7 @@ class VLM:
             UnknownNameError, SiteUnavailableError, InputError, ShapeError, NeverFiredError: bad names,
                 selections, values, or sites that did not run.
         """
-        where = Where(at, _as_tuple(rows), _as_tuple(heads))
+        where = Where(at, rows, heads)
         taps = self._taps(sites, where, dtype, device, grad)
         with (
             torch.set_grad_enabled(grad),
@@ -269,8 +279,8 @@ class VLM:
         sites: str | Sequence[str],
         at: Any = None,
         *,
-        heads: int | Sequence[int] | None = None,
-        rows: int | Sequence[int] | None = None,
+        heads: Indexes | None = None,
+        rows: Indexes | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Iterator[Activations]:
@@ -284,12 +294,11 @@ class VLM:
             Activations that are filled when the block ends; several calls of a site are stacked on a ``step``
             axis.
         """
-        taps = self._taps(sites, Where(at, _as_tuple(rows), _as_tuple(heads)), dtype, device, grad=False)
+        taps = self._taps(sites, Where(at, rows, heads), dtype, device, grad=False)
         acts = from_taps([])
         with Session(self.model, self.decoder, taps):
             yield acts
-        filled = from_taps(taps)
-        acts.__dict__.update(filled.__dict__)
+        acts.fill(taps)
 
     @contextmanager
     def edit(self, *edits: Edit | Sequence[Edit]) -> Iterator["VLM"]:
@@ -317,8 +326,7 @@ class VLM:
         decode: bool = False,
         **options: Any,
     ) -> Int[Tensor, "batch new"] | list[str]:
-        """Continue prompts, greedily unless told otherwise; the KV cache stays, edits apply by their
-        ``when``.
+        """Continue prompts, greedily unless told otherwise; the KV cache stays, edits apply by their ``when``.
 
         Args:
             inputs: prepared or plain model inputs.
@@ -330,6 +338,12 @@ class VLM:
         Returns:
             The new tokens only: ids ``[batch, new]``, or one string per row (beams and samples are rows of
                 their own).
+
+        Raises:
+            InputError: no ``input_ids``, padding that is not on the left, prompt and new tokens longer than
+                `max_positions`, ``decode`` without a tokenizer, or guidance together with edits.
+            UnknownNameError, SiteUnavailableError, ShapeError: bad sites, positions or values of edits.
+            NeverFiredError: an edit that changed nothing.
         """
         if decode and self.tokenizer is None:
             raise InputError("decode=True needs a tokenizer: VLM(model, processor)")
@@ -350,19 +364,15 @@ class VLM:
 
         Returns:
             Logits at the last position per variant, and the plan: what was shared and what it cost.
+
+        Raises:
+            InputError: no variants, inputs that are not left-padded token ids, or a bad ``max_rows``.
+            UnknownNameError, SiteUnavailableError, ShapeError: bad sites, positions or values of edits.
+            NeverFiredError: an edit that changed nothing.
         """
         return run_sweep(self, inputs, [self._applied(edits) for edits in variants], max_rows=max_rows)
 
     # ------------------------------------------------------------ helpers
-
-    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Model inputs with position ids that leave padding out, which absolute positions (GPT-2) need."""
-        arguments = dict(inputs)
-        mask = arguments.get("attention_mask")
-        given = any(arguments.get(name) is not None for name in ("position_ids", "past_key_values"))
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) and not given:
-            arguments["position_ids"] = position_ids(mask)
-        return arguments
 
     def _taps(
         self,
@@ -373,31 +383,13 @@ class VLM:
         grad: bool,
     ) -> list[Tap]:
         taps = []
-        for site in expand(sites, self._places.names()):
+        for site in expand(sites, self._places.names(), self._places.reasons):
             place = self.place(site)
             where.check(place)
             taps.append(Tap(place, where, dtype, device, grad))
         return taps
 
     def _applied(self, edits: Edit | Sequence[Edit]) -> list[Applied]:
-        return [Applied(edit, self._checked(edit)) for edit in as_edits(edits)]
-
-    def _checked(self, edit: Edit) -> Place:
-        place = self.place(edit.site)
-        if place.site in self._places.without_effect:
-            raise SiteUnavailableError(
-                f"an edit at {place.site} would change nothing: {self._places.without_effect[place.site]}"
-            )
-        if self.has_vision and place.site == "hook_embed" and names_image(edit.at):
-            raise SiteUnavailableError(
-                f"an edit at hook_embed on {edit.at!r} would change nothing: image features take the place of the "
-                "placeholders' embeddings. Edit projector.hook_out or blocks.0.hook_resid_pre"
-            )
-        edit.check(place)
-        return place
-
-
-def _as_tuple(given: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    if given is None:
-        return None
-    return (given,) if isinstance(given, int) else tuple(given)
+        config: Any = self.model.config
+        image_token = getattr(config, "image_token_id", None) if self.has_vision else None
+        return [placed(edit, self._places, image_token) for edit in as_edits(edits)]

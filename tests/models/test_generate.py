@@ -102,6 +102,30 @@ def test_decode_steps_with_captures_of_the_last_token() -> None:
         acts[site]
 
 
+def test_without_a_cache_captures_of_the_last_token_are_the_same() -> None:
+    vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
+    site, caught = SITE.format(1), []
+    for use_cache in (True, False):
+        with vlm.record(site, at="last") as acts:
+            generate(vlm, inputs, use_cache=use_cache)
+        caught.append(acts[site])
+    assert caught[0].shape == (STEPS, 2, vlm.d_model)
+    # Rows of a longer product are summed in another order; entries are of order 10.
+    torch.testing.assert_close(caught[1], caught[0], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"guidance_scale": 2.0}, {"negative_prompt_ids": torch.ones(2, 3).long()}])
+def test_guidance_and_edits_do_not_go_together(options) -> None:
+    vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
+    edit = Zero(SITE.format(1), at="last")
+    with pytest.raises(InputError, match=next(iter(options))):
+        vlm.generate(inputs, edits=edit, **options)
+    with pytest.raises(InputError, match=next(iter(options))), vlm.edit(edit):
+        vlm.generate(inputs, **options)
+    assert generate(vlm, inputs, guidance_scale=2.0).shape == (2, STEPS)
+    assert torch.equal(generate(vlm, inputs, edits=edit, guidance_scale=1.0), generate(vlm, inputs, edits=edit))
+
+
 def test_one_token_prompts() -> None:
     vlm = tiny.vlm("llama")
     inputs = {"input_ids": torch.tensor([[7], [9]]), "attention_mask": torch.ones(2, 1, dtype=torch.long)}

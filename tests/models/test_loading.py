@@ -109,3 +109,11 @@ def test_folders_with_files_missing(folder, gone, request, tmp_path) -> None:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InputError):
         VLM.from_pretrained(tmp_path)
+
+
+def test_truncated_weights(text_folder, tmp_path) -> None:
+    for file in text_folder.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    with pytest.raises(InputError, match="cannot load a model"):
+        VLM.from_pretrained(tmp_path)

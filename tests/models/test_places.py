@@ -102,6 +102,30 @@ def test_the_features_that_the_language_model_reads_can_be_edited(feature_layer,
             pass
 
 
+def test_raw_paths_that_the_language_model_does_not_read() -> None:
+    vlm, inputs = VLM(tiny.llava()), tiny.image_inputs()
+    before = state_of(vlm.model)
+    tower = "model.vision_tower"
+    for site in (
+        f"{tower}.encoder.layers.2:output",
+        f"{tower}.encoder.layers.2:input",
+        f"{tower}.encoder.layers.2.mlp.fc1:output",
+        f"{tower}.post_layernorm:output",
+    ):
+        with pytest.raises(SiteUnavailableError, match="after block 1"), vlm.edit(Zero(site)):
+            vlm(inputs)
+        if not site.endswith("layernorm:output"):
+            assert vlm.capture(inputs, site)[site].any()
+    assert state_of(vlm.model) == before
+    with torch.no_grad():
+        clean = vlm(inputs).logits
+        with vlm.edit(Zero(f"{tower}.encoder.layers.1.mlp:output")):
+            assert not torch.equal(vlm(inputs).logits, clean)
+    # Nothing of the kind where the last block's features are read.
+    with VLM(tiny.llava(feature_layer=-1)).edit(Zero(f"{tower}.encoder.layers.2:output")) as last, torch.no_grad():
+        last(inputs)
+
+
 def test_sites_that_do_not_exist() -> None:
     vlm = tiny.vlm("llava")
     before = state_of(vlm.model)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from interp import VLM, Add, Prompt, Replace, Segment, Zero, few_shot
-from interp.errors import InputError, UnknownNameError
+from interp.errors import InputError, SiteUnavailableError, UnknownNameError
 from interp.inputs import Inputs
 from interp.positions import PerRow
 from tests import tiny
@@ -183,7 +183,7 @@ def test_the_model_stays_in_the_users_hands() -> None:
         torch.no_grad(),
         reading(vlm.model, "model.layers.1.mlp") as seen,
     ):
-        vlm.model(**vlm._arguments(inputs))
+        vlm.model(**inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0))
     assert not seen[0].any()
     with pytest.raises(InputError, match="at least one edit"), vlm.edit():
         pass
@@ -201,3 +201,62 @@ def test_inference_mode() -> None:
     with torch.inference_mode():
         got = vlm.capture(inputs, "blocks.3.hook_resid_post", edits=edit)["blocks.3.hook_resid_post"]
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("at", ["image[0]", "image", ["last", "image[1].last"]])
+def test_edits_that_image_features_would_overwrite_are_refused(at):
+    vlm = VLM(tiny.llava())
+    with pytest.raises(SiteUnavailableError, match=r"projector\.hook_out"), vlm.edit(Zero("hook_embed", at=at)):
+        pass
+
+
+@pytest.mark.parametrize("site", ["hook_embed", "model.language_model.embed_tokens:output"])
+def test_edits_at_the_tokens_of_images_before_their_features(seeing, site) -> None:
+    prompt = few_shot([(image(0), "Paris")], image(1))
+    prepared = seeing.prepare([prompt, "Q: what?"])
+    inside = prepared.layout[0].spans["image"][0].start - prepared.layout[0].start
+    before = state_of(seeing.model)
+    with torch.no_grad():
+        clean = seeing(prepared).logits
+        for at in ("input[0]", inside, [0, inside], slice(inside, None), PerRow(("image[0]", "last"))):
+            rows = None if isinstance(at, PerRow) else 0
+            with pytest.raises(SiteUnavailableError, match=r"blocks\.0\.hook_resid_pre"):
+                seeing.capture(prepared, "hook_embed", edits=Zero(site, at=at, rows=rows))
+            assert state_of(seeing.model) == before
+            with pytest.raises(SiteUnavailableError, match=r"blocks\.0\.hook_resid_pre"):
+                seeing.generate(prepared, edits=Zero(site, at=at, rows=rows), num_beams=2)
+        for edit in (Zero(site), Zero(site, at="last"), Zero(site, at=inside, rows=1)):
+            with seeing.edit(edit):
+                assert not torch.equal(seeing(prepared).logits, clean)
+
+
+def test_edits_at_the_tokens_of_images_in_plain_inputs() -> None:
+    vlm, inputs = tiny.vlm("llava"), tiny.image_inputs()
+    for at in (3, [0, 6]):
+        with pytest.raises(SiteUnavailableError, match="tokens of an image"), vlm.edit(Zero("hook_embed", at=at)):
+            vlm(inputs)
+    with vlm.edit(Zero("hook_embed", at=[0, 2])), torch.no_grad():
+        vlm(inputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sequences_longer_than_the_models_positions(name) -> None:
+    vlm = tiny.vlm(name)
+    ids = torch.randint(3, 90, (1, 260))
+    for run in (vlm, vlm.embed, lambda inputs: vlm.capture(inputs, "hook_embed"), vlm.generate):
+        with pytest.raises(InputError, match=r"260 tokens.* takes 256 at most"):
+            run({"input_ids": ids})
+    fits = {"input_ids": ids[:, :254]}
+    with pytest.raises(InputError, match="254 tokens and 8 new ones"):
+        vlm.generate(fits, max_new_tokens=8)
+    assert vlm.generate(fits, max_new_tokens=2, eos_token_id=None).shape == (1, 2)
+    padded = {"input_ids": ids, "attention_mask": (torch.arange(260) >= 10).long()[None]}
+    assert vlm(padded).logits.shape[1] == 260  # padding takes no position
+
+
+def test_patterns_that_match_only_what_the_model_cannot_offer() -> None:
+    vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
+    for ask in (vlm.sites, lambda pattern: vlm.capture(inputs, pattern)):
+        with pytest.raises(SiteUnavailableError, match="no hook reaches it"):
+            ask("blocks.*.hook_resid_mid")
+    assert all("resid_mid" not in site for site in vlm.sites("blocks.*.hook_resid_*"))

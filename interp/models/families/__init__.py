@@ -26,7 +26,6 @@ def family_of(model_type: str) -> Family:
             return family
     known = [name for family in FAMILIES for name in family.model_types]
     raise InputError(
-        f"no family table for model_type {model_type!r}. {nearest(model_type, known)} Supported: "
-        f"{', '.join(known)}. "
-        "A new family is one short table in interp/models/families/.".replace("  ", " ")
+        f"no family table for model_type {model_type!r}. {nearest(model_type, known)} Supported: {', '.join(known)}. A "
+        "new family is one short table in interp/models/families/.".replace("  ", " ")
     )
