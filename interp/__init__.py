@@ -1,4 +1,4 @@
-"""Read and write the activations of vision-language models, and the methods built on that.
+"""Read and write the activations of vision-language and diffusion models, and the methods built on that.
 
 Everything below loads on first use, so that ``import interp`` costs nothing.
 """
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _NAMES = {
+    "Diffusion": "models.diffusion",
     "VLM": "models.vlm",
     # prompts and tasks
     "Prompt": "prompts",
@@ -28,6 +29,7 @@ _NAMES = {
     "Interpolate": "edits",
     "MeanAblate": "edits",
     "Project": "edits",
+    "Region": "regions",
     "Replace": "edits",
     "Resample": "edits",
     "Scale": "edits",
@@ -40,6 +42,8 @@ _NAMES = {
 _MODULES = (
     "activations",
     "analyses",
+    "conventions",
+    "correspondence",
     "cross_modal",
     "cross_modal_figures",
     "cross_modal_tables",
@@ -47,12 +51,14 @@ _MODULES = (
     "edits",
     "errors",
     "figures",
+    "hyperfeatures",
     "inputs",
     "lens",
     "metrics",
     "models",
     "progress",
     "prompts",
+    "regions",
     "runs",
     "sites",
     "sweep",
@@ -60,6 +66,7 @@ _MODULES = (
     "task_prompts",
     "task_vectors",
     "tasks",
+    "trajectories",
     "transfer",
     "zoo",
 )
@@ -69,6 +76,8 @@ __all__ = ["__version__", *_NAMES, *_MODULES]
 if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.activations as activations
     import interp.analyses as analyses
+    import interp.conventions as conventions
+    import interp.correspondence as correspondence
     import interp.cross_modal as cross_modal
     import interp.cross_modal_figures as cross_modal_figures
     import interp.cross_modal_tables as cross_modal_tables
@@ -76,12 +85,14 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.edits as edits
     import interp.errors as errors
     import interp.figures as figures
+    import interp.hyperfeatures as hyperfeatures
     import interp.inputs as inputs
     import interp.lens as lens
     import interp.metrics as metrics
     import interp.models as models
     import interp.progress as progress
     import interp.prompts as prompts
+    import interp.regions as regions
     import interp.runs as runs
     import interp.sites as sites
     import interp.sweep as sweep
@@ -89,6 +100,7 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.task_prompts as task_prompts
     import interp.task_vectors as task_vectors
     import interp.tasks as tasks
+    import interp.trajectories as trajectories
     import interp.transfer as transfer
     import interp.zoo as zoo
 
@@ -105,12 +117,14 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     from .edits import Resample as Resample
     from .edits import Scale as Scale
     from .edits import Zero as Zero
+    from .models.diffusion import Diffusion as Diffusion
     from .models.vlm import VLM as VLM
     from .prompts import Prompt as Prompt
     from .prompts import Segment as Segment
     from .prompts import few_shot as few_shot
     from .prompts import instruction as instruction
     from .prompts import query as query
+    from .regions import Region as Region
     from .task_vectors import TaskVectors as TaskVectors
     from .tasks import Item as Item
     from .tasks import Task as Task

@@ -28,6 +28,7 @@ class Activations(Mapping):
         axes: for every site, the axes of one call.
         output: the model's own output object, when there was one forward.
         taps: the taps behind the tensors, when gradients can be asked for.
+        stepped: whether the calls are the steps of a run, which lead even when there is one only.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Activations(Mapping):
         axes: Mapping[str, tuple[str, ...]],
         output: Any = None,
         taps: tuple[Tap, ...] = (),
+        stepped: bool = False,
     ) -> None:
         self._calls = {site: list(tensors) for site, tensors in calls.items()}
         self._axes = dict(axes)
         self._stacked: dict[str, Tensor] = {}
         self._taps = taps
+        self.stepped = stepped
         self.output = output
 
     def __getitem__(self, site: str) -> Tensor:
@@ -60,7 +63,8 @@ class Activations(Mapping):
                     f"{site} ran {len(tensors)} times with different shapes ({shapes}, ...): capture one token per "
                     "call (at='last'), or take them apart with .calls(site)"
                 )
-            self._stacked[site] = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+            single = len(tensors) == 1 and not self.stepped
+            self._stacked[site] = tensors[0] if single else torch.stack(tensors)
         return self._stacked[site]
 
     def __iter__(self) -> Iterator[str]:
@@ -74,9 +78,9 @@ class Activations(Mapping):
     def __repr__(self) -> str:
         lines = [f"Activations with {len(self)} sites"]
         for site, tensors in self._calls.items():
-            shape = (
-                tuple(tensors[0].shape) if len(tensors) == 1 else f"{len(tensors)} calls of {tuple(tensors[0].shape)}"
-            )
+            one = tuple(tensors[0].shape)
+            single = (1, *one) if self.stepped else one
+            shape = single if len(tensors) == 1 else f"{len(tensors)} calls of {one}"
             lines.append(f"  {site}: {shape} {'·'.join(self.axes(site))}")
         return "\n".join([*lines[:20], f"  ... {len(lines) - 20} more"] if len(lines) > 21 else lines)
 
@@ -88,7 +92,7 @@ class Activations(Mapping):
 
     def axes(self, site: str) -> tuple[str, ...]:
         """Names of the axes of ``self[site]``."""
-        return ("step", *self._axes[site]) if len(self.calls(site)) > 1 else self._axes[site]
+        return ("step", *self._axes[site]) if self.stepped or len(self.calls(site)) > 1 else self._axes[site]
 
     def stack(self, leaf: str, tower: str = "") -> Float[Tensor, "layer ..."]:
         """One kind of activation from every captured layer.
@@ -122,12 +126,13 @@ class Activations(Mapping):
         """The captured sites that a name or pattern selects."""
         sites = match(pattern, self)
         taps = tuple(tap for tap in self._taps if tap.place.site in sites)
-        return Activations({s: self._calls[s] for s in sites}, {s: self._axes[s] for s in sites}, self.output, taps)
+        calls, axes = {s: self._calls[s] for s in sites}, {s: self._axes[s] for s in sites}
+        return Activations(calls, axes, self.output, taps, self.stepped)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Activations":
         """A copy on another device or in another dtype; gradients still come as the capture was made."""
         moved = {site: [t.to(device=device, dtype=dtype) for t in tensors] for site, tensors in self._calls.items()}
-        return Activations(moved, self._axes, self.output, self._taps)
+        return Activations(moved, self._axes, self.output, self._taps, self.stepped)
 
     def fill(self, taps: Sequence[Tap]) -> None:
         """Take in what the taps of a session have caught, in place of what was here."""
@@ -152,7 +157,7 @@ class Activations(Mapping):
         if metric.numel() != 1 or not metric.requires_grad:
             raise InputError(f"the metric must be one number with a graph, not a tensor of shape {tuple(metric.shape)}")
         by_site = zip(self._taps, gradients_of(metric.sum(), self._taps), strict=True)
-        return Activations({tap.place.site: grads for tap, grads in by_site}, self._axes)
+        return Activations({tap.place.site: grads for tap, grads in by_site}, self._axes, stepped=self.stepped)
 
     def save(self, path: str | Path) -> None:
         """Write the tensors to ``path.safetensors`` and the axes beside them to ``path.json``."""
@@ -164,7 +169,9 @@ class Activations(Mapping):
             for i, tensor in enumerate(self._calls[site])
         }
         save_file(tensors, tensors_file)
-        about = {site: {"axes": self._axes[site], "calls": len(self._calls[site])} for site in self}
+        about = {
+            site: {"axes": self._axes[site], "calls": len(self._calls[site]), "stepped": self.stepped} for site in self
+        }
         about_file.write_text(json.dumps(about, indent=1))
 
     @classmethod
@@ -182,7 +189,8 @@ class Activations(Mapping):
             tensors = load_file(tensors_file)
             about = json.loads(about_file.read_text())
             calls = {site: [tensors[f"{site}#{i}"] for i in range(a["calls"])] for site, a in about.items()}
-            return cls(calls, {site: tuple(a["axes"]) for site, a in about.items()})
+            stepped = any(a.get("stepped", False) for a in about.values())
+            return cls(calls, {site: tuple(a["axes"]) for site, a in about.items()}, stepped=stepped)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"the activations at {str(path)!r} are damaged: {error}") from error
 
@@ -192,14 +200,15 @@ def _files(path: str | Path) -> tuple[Path, Path]:
     return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
 
 
-def from_taps(taps: list[Tap], output: Any = None) -> Activations:
+def from_taps(taps: list[Tap], output: Any = None, *, stepped: bool = False) -> Activations:
     """Activations of a finished session.
 
     Args:
         taps: taps that have caught something.
         output: the model's output.
+        stepped: whether the calls are the steps of a run, which lead even when there is one only.
     """
-    acts = Activations({}, {}, output)
+    acts = Activations({}, {}, output, stepped=stepped)
     acts.fill(taps)
     return acts
 
@@ -208,7 +217,9 @@ def _axes(tap: Tap) -> tuple[str, ...]:
     """Names of the axes of what a tap has caught in one call."""
     names = tap.place.axes
     n_axes = tap.caught[0].ndim if tap.caught else len(names)
-    if n_axes == len(names) - 1:
+    if tap.place.layout == "grid" and tap.where.at is not None:
+        return ("batch", "channel") if n_axes == 2 else ("batch", "cell", "channel")
+    if n_axes == len(names) - 1 and tap.place.layout == "tokens":
         return tuple(name for name in names if name not in ("pos", "query"))
     # A raw module's output may have any axes, such as the rows and columns of a convolution.
     return names if n_axes == len(names) else ("batch", *(f"axis_{index}" for index in range(1, n_axes)))

@@ -24,6 +24,7 @@ from interp.edits import (
 )
 from interp.errors import InputError, nearest
 from interp.positions import PerRow
+from interp.regions import Region
 
 _KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind for kind in (Add, Interpolate, MeanAblate, Project, Replace, Resample, Scale, Zero)
@@ -50,7 +51,9 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path) -> None:
         entry: dict[str, Any] = {"kind": kind}
         for f in fields(edit):
             value = getattr(edit, f.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Region) and value.shape is not None:
+                tensors[f"{index}.{f.name}"] = value.shape.clone()
+            elif isinstance(value, Tensor):
                 tensors[f"{index}.{f.name}"] = value.detach().cpu().contiguous().clone()
             else:
                 entry[f.name] = _plain(value, edit)
@@ -91,6 +94,8 @@ def _edit(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Edit
     arguments = {name: _restored(value) for name, value in entry.items()}
     prefix = f"{index}."
     arguments |= {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    if isinstance(arguments.get("at"), Tensor):
+        arguments["at"] = Region.mask(arguments["at"])
     return _KINDS[kind](**arguments)
 
 
@@ -105,6 +110,8 @@ def _plain(value: Any, edit: Edit) -> Any:
     if isinstance(value, slice | range):
         kind = type(value).__name__
         return {kind: [_plain(one, edit) for one in (value.start, value.stop, value.step)]}
+    if isinstance(value, Region):
+        return {"box": list(value.edges)}
     if isinstance(value, PerRow):
         return {"per_row": [_plain(one, edit) for one in value.at]}
     if hasattr(value, "__index__"):
@@ -122,6 +129,7 @@ def _restored(value: Any) -> Any:
             "slice": lambda p: slice(*p),
             "range": lambda p: range(*p),
             "per_row": _per_row,
+            "box": lambda p: Region.box(*p),
         }
         if more or kind not in makers:
             raise InputError(f"{value!r} is no position")

@@ -3,8 +3,9 @@
 Values follow the site's axes from the right: at a residual site ``[d_model]`` goes everywhere, ``[batch,
 d_model]`` gives each example its own, ``[batch, pos, d_model]`` each position too; at a site with heads the
 same with ``[head, d_head]`` in place of ``d_model``; attention patterns take ``[key]``, ``[query, key]``,
-``[head, query, key]`` or ``[batch, head, query, key]``. A value is cast to the dtype and device of what it
-replaces.
+``[head, query, key]`` or ``[batch, head, query, key]``; feature maps take ``[channel]``, ``[channel, height,
+width]`` or ``[batch, channel, height, width]``, of which a region takes its cells. A value is cast to the
+dtype and device of what it replaces. Under classifier-free guidance the examples are those of one half.
 """
 
 import math
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from interp.errors import InputError, ShapeError
 from interp.positions import Indexes, plain
-from interp.selection import Group, When, Where
+from interp.selection import Group
 from interp.sites import Place
+from interp.values import aligned, precise
+from interp.where import When, Where
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,11 +33,16 @@ class Edit:
 
     Args:
         site: a site name.
-        at: positions: None (all), ``"last"``, a segment's name, an integer, a slice, or a list of these.
+        at: positions: None (all), ``"last"``, a segment's name, an integer, a slice, or a list of these; in a
+            diffusion model integers, or an `interp.Region` of the image. In a pattern the queries.
         heads: heads to touch, at a site that has a head axis. None: all.
-        rows: rows of the batch (images, in a vision tower). None: all.
+        rows: rows of the batch (images, in a vision tower; of one guidance half, in a diffusion model). None: all.
         when: ``"prefill"`` (the prompt only), ``"every"`` (also each decoded token), or the first k steps, of
             which the prompt is the first.
+        steps: in a diffusion model, calls of the denoiser, 0 being the first of the run: an integer, several, or a
+            slice. None: all.
+        half: in a diffusion model, ``"cond"`` or ``"uncond"`` of classifier-free guidance. None: both.
+        renormalise: at an attention pattern, divide each query's edited probabilities by their sum.
     """
 
     site: str
@@ -42,10 +50,13 @@ class Edit:
     heads: Indexes | None = field(default=None, kw_only=True)
     rows: Indexes | None = field(default=None, kw_only=True)
     when: When = field(default="prefill", kw_only=True)
+    steps: Indexes | slice | None = field(default=None, kw_only=True)
+    half: str | None = field(default=None, kw_only=True)
+    renormalise: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Turn arrays of other libraries into lists, so that edits print, compare and save."""
-        for name in ("at", "heads", "rows"):
+        for name in ("at", "heads", "rows", "steps"):
             object.__setattr__(self, name, plain(getattr(self, name)))
 
     @property
@@ -66,7 +77,18 @@ class Edit:
     @property
     def where(self) -> Where:
         """The selection, in the form that the engine resolves."""
-        return Where(self.at, self.rows, self.heads, self.when)
+        return Where(self.at, self.rows, self.heads, self.when, steps=self.steps, half=self.half)
+
+    def renormalised(self, pattern: Float[Tensor, "row query head key"]) -> Float[Tensor, "row query head key"]:
+        """Probabilities divided by their sum over the keys.
+
+        Raises:
+            InputError: probabilities that sum to zero or less.
+        """
+        total = pattern.to(precise(pattern)).sum(dim=-1, keepdim=True)
+        if not bool((total > 0).all()):
+            raise InputError(f"{self!r}: the probabilities of a query sum to zero or less, and cannot be renormalised")
+        return (pattern / total).to(pattern.dtype)
 
     def check(self, place: Place) -> None:
         """Refuse what can be seen to be wrong before anything runs.
@@ -79,6 +101,9 @@ class Edit:
         heads = [] if where.heads is None else [head % int(place.n_heads or 1) for head in where.heads]
         if len(set(heads)) < len(heads):
             raise InputError(f"heads={where.heads} at {self.site}: a head is selected twice")
+        if self.renormalise and (place.side != "pattern" or isinstance(self, Zero)):
+            why = "zeros have no sum" if place.side == "pattern" else "the site is no attention pattern"
+            raise InputError(f"{type(self).__name__} at {self.site}: renormalise=True, but {why}")
         for f in fields(self):
             value = getattr(self, f.name)
             _check_kind(self, f.name, f.type, value)
@@ -86,9 +111,10 @@ class Edit:
                 continue
             if not torch.isfinite(value).all():
                 raise InputError(f"{type(self).__name__} at {self.site}: {f.name} holds NaN or infinite numbers")
-            if value.ndim and place.width not in (None, value.shape[-1]):
+            axis = -3 if place.layout == "grid" and value.ndim >= 3 else -1
+            if value.ndim and place.width not in (None, value.shape[axis]):
                 raise ShapeError(
-                    f"{type(self).__name__} at {self.site}: {f.name} has width {value.shape[-1]}, "
+                    f"{type(self).__name__} at {self.site}: {f.name} has width {value.shape[axis]}, "
                     f"the site has {place.width}"
                 )
 
@@ -123,7 +149,7 @@ class Replace(Edit):
     value: Tensor
 
     def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
-        return _aligned(self, self.value, x, group, place).expand_as(x)
+        return aligned(self, self.value, x, group, place).expand_as(x)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,7 +160,7 @@ class Add(Edit):
     scale: float = 1.0
 
     def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
-        return x + _aligned(self, self.value.to(_precise(x)) * self.scale, x, group, place)
+        return x + aligned(self, self.value.to(precise(x)) * self.scale, x, group, place)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,7 +171,7 @@ class Interpolate(Edit):
     weight: float
 
     def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
-        return torch.lerp(x, _aligned(self, self.value, x, group, place).expand_as(x), self.weight)
+        return torch.lerp(x, aligned(self, self.value, x, group, place).expand_as(x), self.weight)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -189,11 +215,11 @@ class MeanAblate(Edit):
     ) -> list[Float[Tensor, "_ _ ..."]]:
         if self.mean is not None:
             pairs = zip(xs, groups, strict=True)
-            return [_aligned(self, self.mean, x, group, place).expand_as(x) for x, group in pairs]
+            return [aligned(self, self.mean, x, group, place).expand_as(x) for x, group in pairs]
         real = torch.cat([x[group.real] for x, group in zip(xs, groups, strict=True)])
         if not len(real):
             raise InputError(f"{self!r} selects padding only, which has no mean")
-        mean = real.to(_precise(real)).mean(dim=0)
+        mean = real.to(precise(real)).mean(dim=0)
         return [mean.to(x.dtype).expand_as(x) for x in xs]
 
 
@@ -214,7 +240,7 @@ class Resample(Edit):
         generator = torch.Generator().manual_seed(self.seed)
         if self.source is not None:
             drawn = torch.randint(len(self.source), (group.n_examples,), generator=generator)
-            return _aligned(self, self.source[drawn.to(self.source.device)], x, group, place).expand_as(x)
+            return aligned(self, self.source[drawn.to(self.source.device)], x, group, place).expand_as(x)
         n_examples = len(group.examples.unique())
         if n_examples < 2 or not bool(group.real.all()):
             raise InputError(
@@ -222,8 +248,11 @@ class Resample(Edit):
                 "two that have equally many selected positions, none of them padding"
             )
         step = int(torch.randint(1, n_examples, (), generator=generator))
-        # Beams and samples of one prompt are one example: they lie side by side and move together.
-        return x.roll(step * (len(x) // n_examples), dims=0)
+        # Beams, samples and guidance halves of one prompt are one example, whose rows move together.
+        order = group.examples.argsort(stable=True)
+        moved = torch.empty_like(x)
+        moved[order] = x[order].roll(step * (len(x) // n_examples), dims=0)
+        return moved
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -250,10 +279,10 @@ class Project(Edit):
             )
 
     def transform(self, x: Float[Tensor, "row n ..."], group: Group, place: Place) -> Float[Tensor, "row n ..."]:
-        precise = _precise(x)
-        basis, _ = torch.linalg.qr(torch.atleast_2d(self.directions).to(x.device, precise).T)
-        center = 0.0 if self.center is None else self.center.to(x.device, precise)
-        moved = x.to(precise) - center
+        dtype = precise(x)
+        basis, _ = torch.linalg.qr(torch.atleast_2d(self.directions).to(x.device, dtype).T)
+        center = 0.0 if self.center is None else self.center.to(x.device, dtype)
+        moved = x.to(dtype) - center
         inside = moved @ basis @ basis.T
         return ((inside if self.onto else moved - inside) + center).to(x.dtype)
 
@@ -264,7 +293,7 @@ class Function(Edit):
 
     Args:
         function: takes ``[row, pos, d_model]`` (``[row, pos, head, d_head]`` with heads; ``[row, head, query,
-            key]`` for patterns), a copy, and returns the same shape.
+            key]`` for patterns; ``[row, cell, channel]`` for feature maps), a copy, and returns the same shape.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -327,43 +356,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
         return True
     return bool(a == b)
-
-
-def _aligned(edit: Edit, value: Tensor, x: Tensor, group: Group, place: Place) -> Tensor:
-    """Bring a value into the shape ``[row, n, ...]`` of the entries, up to broadcasting."""
-    value = value.to(x.device, x.dtype)
-    if place.side == "pattern" and value.ndim >= 2:
-        if value.ndim > 4:
-            raise ShapeError(f"{edit!r}: the value has more axes than the attention pattern {tuple(x.shape)}")
-        value = rearrange(value[(None,) * (4 - value.ndim)], "batch head query key -> batch query head key")
-    by_example = value.ndim - (x.ndim - 2)
-    if by_example > 2:
-        raise ShapeError(f"{edit!r}: the value has more axes than the activation {tuple(x.shape)}")
-    if by_example > 0:
-        if len(value) not in (1, group.n_examples):
-            raise ShapeError(f"{edit!r}: the value holds {len(value)} examples, the edit selects {group.n_examples}")
-        value = value.expand(group.n_examples, *value.shape[1:])[group.examples]
-        value = rearrange(value, "row ... -> row 1 ...") if by_example == 1 else _by_position(edit, value, group)
-    if any(have not in (1, want) for have, want in zip(value.shape[::-1], x.shape[::-1], strict=False)):
-        raise ShapeError(f"{edit!r}: the value does not fit the selected activations {tuple(x.shape)} (row, pos, ...)")
-    return value
-
-
-def _by_position(edit: Edit, value: Tensor, group: Group) -> Tensor:
-    """The values of the positions at hand, out of those of all selected positions of the prompt."""
-    if value.shape[1] == 1:
-        return value
-    if value.shape[1] != group.n_positions or bool((group.ordinals < 0).any()):
-        raise ShapeError(
-            f"{edit!r}: the value holds {value.shape[1]} positions, the edit selects {group.n_positions} of the "
-            f"prompt{' and decoded tokens besides' if bool((group.ordinals < 0).any()) else ''}"
-        )
-    return value[torch.arange(len(value), device=value.device)[:, None], group.ordinals]
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: half precisions lose too much in sums."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 __all__ = [

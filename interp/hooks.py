@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp.clock import Clock
+from interp.denoising import DenoiserClock
 from interp.edits import Edit
 from interp.errors import InputError, NeverFiredError, ShapeError, SiteUnavailableError
 from interp.selection import Call, Group, Where, groups
-from interp.sites import Place, Side
-from interp.stations import Listener, attach, axes_back, put_back, view
+from interp.sites import Place
+from interp.stations import Element, Listener, Side, attach, axes_back, put_back, view
 
 _live = threading.local()
 
@@ -24,7 +25,11 @@ _live = threading.local()
 def live_edits(model: nn.Module) -> "list[Applied]":
     """The edits of a model's sessions that are open in this thread, outermost first."""
     sessions: list[Session] = getattr(_live, "sessions", [])
-    return [applied for session in sessions if session.model is model for applied in session.edits]
+    return [applied for session in sessions if session.root is model for applied in session.edits]
+
+
+class Stopped(Exception):
+    """Every tap of a session with ``stop=True`` has caught: the rest of the forward is not needed."""
 
 
 @dataclass
@@ -36,6 +41,10 @@ class Tap:
         where: what to keep.
         dtype, device: of what is kept; None: as it comes.
         grad: keep the graph, and remember the whole activation for `torch.autograd.grad`.
+        consume: takes each caught tensor and its call as they come; nothing is kept then.
+
+    Raises:
+        InputError: ``grad`` and ``consume`` together.
     """
 
     place: Place
@@ -43,21 +52,34 @@ class Tap:
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     grad: bool = False
+    consume: Callable[[Tensor, Call], None] | None = None
     caught: list[Tensor] = field(default_factory=list)
-    whole: list[tuple[Tensor, list[Group] | None]] = field(default_factory=list)
+    whole: list[tuple[Tensor, list[Group] | None, torch.Size]] = field(default_factory=list)
+    times: int = 0
+    last: Call | None = None
 
-    def take(self, part: Tensor, call: Call) -> None:
-        """Keep what is selected of one activation."""
+    def __post_init__(self) -> None:
+        """Refuse gradients of what is not kept."""
+        if self.grad and self.consume is not None:
+            raise InputError(f"capture at {self.place.site}: what is consumed is not kept, so it has no gradient")
+
+    def take(self, part: Tensor, call: Call, shape: torch.Size) -> None:
+        """Keep what is selected of one activation, whose module has a tensor of this shape."""
         found = None
         if not self.where.everything:
-            found = groups(self.where, self.place, part, call, tap=True)
+            found = groups(self.where, self.place, part, call, tap=True, grid=_grid(self.place, shape))
             if not found:
                 return
         if self.grad:
-            self.whole.append((part, found))
-        self.caught.append(self.select(part, found))
+            self.whole.append((part, found, shape))
+        kept = self.select(part, found, shape)
+        self.times, self.last = self.times + 1, call
+        if self.consume is None:
+            self.caught.append(kept)
+        else:
+            self.consume(kept, call)
 
-    def select(self, part: Tensor, found: list[Group] | None) -> Tensor:
+    def select(self, part: Tensor, found: list[Group] | None, shape: torch.Size) -> Tensor:
         """The selected entries of an activation or of its gradient, in the user's order of axes."""
         if found is None:
             kept = part
@@ -71,8 +93,10 @@ class Tap:
             kept = found[0].gather(part)
         if self.where.heads is not None:
             kept = kept[:, :, list(self.where.heads)]
-        single = isinstance(self.where.at, int | str) and kept.shape[1] == 1
-        kept = kept[:, 0] if single else axes_back(kept, self.place)
+        if isinstance(self.where.at, int | str) and kept.shape[1] == 1:
+            kept = kept[:, 0]
+        elif self.where.at is None or self.place.layout == "tokens":
+            kept = axes_back(kept, self.place, shape)
         # A copy: models and users may write into the tensor afterwards, and a slice would keep all of it alive.
         moved = kept.to(device=self.device or kept.device, dtype=self.dtype or kept.dtype)
         if self.grad:
@@ -102,15 +126,17 @@ class Applied:
         """Settle the selection, which every call asks for."""
         self.where = replace(self.edit.where, variant=self.variant)
 
-    def apply(self, part: Tensor, call: Call) -> Tensor | None:
+    def apply(self, part: Tensor, call: Call, shape: torch.Size) -> Tensor | None:
         """The activation with the edit in it, or None where the call holds nothing of its selection."""
-        found = groups(self.where, self.place, part, call)
+        found = groups(self.where, self.place, part, call, grid=_grid(self.place, shape))
         if not found:
             return None
         self._refuse(found, part, call)
         heads = None if self.where.heads is None else torch.tensor(self.where.heads, device=part.device)
         chosen = [group.gather(part) if heads is None else group.gather(part)[:, :, heads] for group in found]
         new = self.edit.transform_all(chosen, found, self.place)
+        if self.edit.renormalise:
+            new = [self.edit.renormalised(one) for one in new]
         self.times += 1
         if found[0].whole and heads is None:
             # A copy, lest the model work on the user's value or on many views of one number.
@@ -142,29 +168,38 @@ class Applied:
             )
 
 
+def _grid(place: Place, shape: torch.Size) -> tuple[int, int] | None:
+    """Height and width of a feature map; None for other tensors."""
+    return None if place.layout == "tokens" or len(shape) != 4 else (shape[2], shape[3])
+
+
 class Session(AbstractContextManager["Session"]):
     """Taps and edits that are live between enter and exit, in the thread that entered.
 
     Args:
-        model: the model; its module paths are those of the places.
-        decoder: the module that runs the decoder; its calls carry the KV cache and mask that positions need.
+        root: the module from which the places' paths lead on.
+        clock: what follows the calls: `interp.clock.Clock` of a model with prompts, `interp.denoising.DenoiserClock`
+            of a diffusion model.
         taps: what to capture. Captures see edited values.
         edits: what to change, in this order at each site.
+        stop: end a forward, by raising `Stopped`, once every tap has caught in it; in a call in which one of them
+            catches nothing, the whole forward runs.
 
     Raises:
-        NeverFiredError: on a clean exit, for an edit that changed nothing or a site that never ran.
+        NeverFiredError: at the end, unless by an error, for an edit that changed nothing or a site that never ran.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        decoder: nn.Module,
+        root: nn.Module,
+        clock: Clock | DenoiserClock,
         taps: Sequence[Tap] = (),
         edits: Sequence[Applied] = (),
+        *,
+        stop: bool = False,
     ) -> None:
-        self.model, self.decoder = model, decoder
+        self.root, self.clock, self.stop = root, clock, stop
         self.taps, self.edits = list(taps), list(edits)
-        self.clock = Clock(model, decoder)
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> "Session":
@@ -175,8 +210,9 @@ class Session(AbstractContextManager["Session"]):
             self._undo.append(partial(_live.sessions.remove, self))
             _live.sessions.append(self)
             self._undo += self.clock.start()
-            for (path, side), edits, listener in self._listeners():
-                self._undo.append(attach(self.model.get_submodule(path), side, listener, edits=edits))
+            for (path, side, element), edits, listener in self._listeners():
+                module = self.root.get_submodule(path)
+                self._undo.append(attach(module, side, listener, edits=edits, element=element))
         except BaseException:
             self._remove()
             raise
@@ -190,33 +226,32 @@ class Session(AbstractContextManager["Session"]):
     ) -> None:
         """Take the hooks away, then say what never happened (unless an error is already on its way)."""
         self._remove()
-        if kind is not None:
+        if kind is not None and not (self.stop and issubclass(kind, Stopped)):
             return
         idle = [applied.edit for applied in self.edits if not applied.times]
         if idle:
             raise NeverFiredError(
                 f"{len(idle)} of {len(self.edits)} edits never applied, so the output is not what they ask for: "
                 f"{idle[0]!r}. Either its module did not run, or no token of the call is in its selection"
+                f"{', or its steps or guidance half never came' if idle[0].where.timed else ''}"
             )
-        silent = [tap.place.site for tap in self.taps if not tap.caught]
+        silent = [tap for tap in self.taps if not tap.times]
         if silent:
-            raise NeverFiredError(
-                f"{len(silent)} captured sites never fired: {', '.join(silent[:4])}. "
-                "A vision tower runs only when the inputs hold images"
-            )
+            sites = ", ".join(tap.place.site for tap in silent[:4])
+            raise NeverFiredError(f"{len(silent)} captured sites never fired: {sites}. {_why_silent(silent[0])}")
 
     def _remove(self) -> None:
         while self._undo:
             self._undo.pop()()
 
-    def _listeners(self) -> Iterator[tuple[tuple[str, Side], bool, Listener]]:
-        """One listener for the edits and one for the taps of every module and side that is touched."""
-        edited: dict[tuple[str, Side], list[Applied]] = {}
-        tapped: dict[tuple[str, Side], list[Tap]] = {}
+    def _listeners(self) -> Iterator[tuple[tuple[str, Side, Element], bool, Listener]]:
+        """One listener for the edits and one for the taps of every tensor that is touched."""
+        edited: dict[tuple[str, Side, Element], list[Applied]] = {}
+        tapped: dict[tuple[str, Side, Element], list[Tap]] = {}
         for applied in self.edits:
-            edited.setdefault((applied.place.path, applied.place.side), []).append(applied)
+            edited.setdefault(applied.place.station, []).append(applied)
         for tap in self.taps:
-            tapped.setdefault((tap.place.path, tap.place.side), []).append(tap)
+            tapped.setdefault(tap.place.station, []).append(tap)
         for key, edits in edited.items():
             yield key, True, self._editor(edits)
         for key, taps in tapped.items():
@@ -226,7 +261,7 @@ class Session(AbstractContextManager["Session"]):
         def listen(x: Tensor) -> Tensor | None:
             changed = False
             for applied in edits:
-                part = applied.apply(view(x, applied.place), self.clock.call)
+                part = applied.apply(view(x, applied.place), self.clock.call, x.shape)
                 if part is not None:
                     x, changed = put_back(x, part, applied.place), True
             return x if changed else None
@@ -237,15 +272,31 @@ class Session(AbstractContextManager["Session"]):
         def listen(x: Tensor) -> Tensor | None:
             for tap in taps:
                 if not tap.grad:
-                    tap.take(view(x, tap.place), self.clock.call)
+                    tap.take(view(x, tap.place), self.clock.call, x.shape)
                     continue
                 # The captured tensor has to lie on the path to the output, or it has no gradient.
                 part = view(x if x.requires_grad else x.detach().requires_grad_(), tap.place)
-                tap.take(part, self.clock.call)
+                tap.take(part, self.clock.call, x.shape)
                 x = put_back(x, part, tap.place)
+            if self.stop:
+                self._stop_if_done()
             return x if any(tap.grad for tap in taps) else None
 
         return listen
+
+    def _stop_if_done(self) -> None:
+        call = self.clock.call
+        if all(tap.last is call for tap in self.taps):
+            raise Stopped(f"all {len(self.taps)} sites are captured")
+
+
+def _why_silent(tap: Tap) -> str:
+    """What most likely kept a tap from catching anything."""
+    if tap.place.part == "model":
+        return "A vision tower runs only when the inputs hold images"
+    if tap.where.timed:
+        return "Either the module did not run, or the run had no such steps or guidance half"
+    return "The module did not run: pipelines call each of their models at its own time"
 
 
 def gradients_of(metric: Float[Tensor, ""], taps: Sequence[Tap]) -> list[list[Tensor]]:
@@ -257,18 +308,18 @@ def gradients_of(metric: Float[Tensor, ""], taps: Sequence[Tap]) -> list[list[Te
     Raises:
         NeverFiredError: the metric does not depend on a captured site, or its gradient is zero everywhere.
     """
-    wanted = [part for tap in taps for part, _ in tap.whole]
+    wanted = [part for tap in taps for part, *_ in tap.whole]
     grads = iter(torch.autograd.grad(metric, wanted, allow_unused=True, retain_graph=True))
     selected = []
     for tap in taps:
         by_call = []
-        for _, found in tap.whole:
+        for _, found, shape in tap.whole:
             grad = next(grads)
             if grad is None or not bool(grad.any()):
                 raise NeverFiredError(
                     f"the gradient at {tap.place.site} is {'missing' if grad is None else 'zero everywhere'}: the "
                     "metric does not depend on this site"
                 )
-            by_call.append(tap.select(grad, found).detach())
+            by_call.append(tap.select(grad, found, shape).detach())
         selected.append(by_call)
     return selected

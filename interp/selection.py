@@ -1,5 +1,5 @@
-"""Which entries of an activation a tap or an edit means: rows, positions and heads, resolved against one
-call.
+"""Which entries of an activation a tap or an edit means: rows, positions and heads, steps and halves of a
+denoising run, resolved against one call.
 
 Positions are resolved to absolute indexes of the padded prompt and then moved into the call at hand by the
 length of its KV cache. So a patch of the prompt applies once, at prefill, whatever the prompt's length and
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -18,15 +18,15 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from interp.errors import InputError, ShapeError
-from interp.positions import Layout, PerRow, indexes, plain, resolve
+from interp.positions import Layout, PerRow, indexes, resolve
+from interp.regions import Region
 from interp.sites import Place
-
-When = Literal["prefill", "every"] | int
+from interp.where import HALVES, Where
 
 
 @dataclass(frozen=True)
 class Call:
-    """One forward of the decoder, as its hooks see it.
+    """One forward of the decoder or the denoiser, as its hooks see it.
 
     Args:
         past: tokens already in the KV cache.
@@ -34,6 +34,10 @@ class Call:
         layouts: where the real tokens and named segments of each prompt are.
         ids: the call's token ids, where it has them.
         memo: selections that were resolved in this call, so that every layer shares one resolution.
+        step: which call of a denoising run this is, the first being 0; None outside the denoiser.
+        time: the model timestep, as the denoiser was given it.
+        halves: the halves of classifier-free guidance that the rows belong to, in order; empty where unknown.
+        grid: height and width of the denoiser's cells (latent pixels, or patches of a transformer).
     """
 
     past: int = 0
@@ -41,6 +45,17 @@ class Call:
     layouts: tuple[Layout, ...] = ()
     ids: Tensor | None = field(default=None, compare=False, repr=False)
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    step: int | None = None
+    time: Any = field(default=None, compare=False, repr=False)
+    halves: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
+
+    @cached_property
+    def timestep(self) -> float | None:
+        """The model timestep of a denoiser's call."""
+        # Read only when asked for: on an accelerator it makes the processor wait.
+        first = self.time.flatten()[0] if isinstance(self.time, Tensor) else self.time
+        return None if first is None else float(first)
 
     @property
     def prompt_length(self) -> int:
@@ -62,6 +77,7 @@ class Group:
         real: False where an entry is padding.
         whole: whether the group is the whole tensor, in order.
         complete: whether the call holds all selected positions of all prompts, or decoded tokens alone.
+        grid: height and width, where the positions are all cells of a feature map.
     """
 
     rows: Int[Tensor, " row"]
@@ -73,6 +89,7 @@ class Group:
     real: Bool[Tensor, "row n"]
     whole: bool = False
     complete: bool = True
+    grid: tuple[int, int] | None = None
 
     @property
     def index(self) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row n"]]:
@@ -84,76 +101,14 @@ class Group:
         return x if self.whole else x[self.index]
 
 
-@dataclass(frozen=True)
-class Where:
-    """What a user selected: positions by meaning, rows of the batch, heads, and steps of a generation.
-
-    Args:
-        at: positions; None: all.
-        rows: prompts of the batch (images, in a vision tower); None: all.
-        heads: heads, at sites that have them; None: all.
-        when: for edits, which steps of a generation.
-        variant: which of the copies of each prompt, in a sweep; None: all.
-    """
-
-    at: Any = None
-    rows: Any = None
-    heads: Any = None
-    when: When = "prefill"
-    variant: int | None = None
-
-    def __post_init__(self) -> None:
-        """Turn arrays and integers of other libraries into plain ones, so that selections print and compare."""
-        object.__setattr__(self, "at", plain(self.at))
-        object.__setattr__(self, "rows", indexes("rows", self.rows))
-        object.__setattr__(self, "heads", indexes("heads", self.heads))
-
-    def check(self, place: Place) -> None:
-        """Refuse a selection that the site cannot have, before anything runs.
-
-        Raises:
-            InputError: names of positions in a vision tower, heads at a site without heads, an unknown step
-                rule.
-        """
-        if not place.positional and _has_name(self.at):
-            raise InputError(
-                f"{self.at!r} is a position of the prompt, but the positions of {place.site} are those of an image: "
-                "give integers, and choose images with rows="
-            )
-        if self.heads is not None:
-            if place.n_heads is None:
-                raise InputError(f"heads={self.heads}: site {place.site} has no head axis; its axes are {place.axes}")
-            wrong = [head for head in self.heads if not -place.n_heads <= head < place.n_heads]
-            if wrong or not self.heads:
-                raise InputError(f"heads={self.heads}: site {place.site} has heads 0 to {place.n_heads - 1}")
-        if self.when not in ("prefill", "every") and not (
-            isinstance(self.when, int) and not isinstance(self.when, bool) and self.when >= 1
-        ):
-            raise InputError(f"when={self.when!r}: give 'prefill', 'every', or a number of steps from 1 on")
-        if self.rows is not None and not self.rows:
-            raise InputError("rows=(): no row of the batch is selected")
-
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """What selections of the same entries have in common; positions may not hash, but they print."""
-        return (repr(self.at), self.rows, self.when, self.variant)
-
-    @property
-    def everything(self) -> bool:
-        """Whether rows and positions are left open."""
-        return self.at is None and self.rows is None and self.variant is None
-
-
-def _has_name(at: Any) -> bool:
-    if isinstance(at, str):
-        return True
-    if isinstance(at, PerRow):
-        return _has_name(at.at)
-    return isinstance(at, list | tuple) and any(_has_name(one) for one in at)
-
-
 def groups(
-    where: Where, place: Place, x: Shaped[Tensor, "batch pos ..."], call: Call, *, tap: bool = False
+    where: Where,
+    place: Place,
+    x: Shaped[Tensor, "batch pos ..."],
+    call: Call,
+    *,
+    tap: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> list[Group]:
     """Resolve a selection against one tensor, once per call for all sites alike.
 
@@ -163,22 +118,26 @@ def groups(
         x: the tensor.
         call: the forward that is running.
         tap: whether a capture asks; captures of ``"last"`` follow the last token into decoding.
+        grid: height and width, where the positions are the cells of a feature map.
 
     Returns:
         Rectangles of entries, on the tensor's device; none when the call holds nothing of the selection.
 
     Raises:
-        ShapeError: the batch does not divide into the prompts.
-        InputError: a row that does not exist, or a position outside a row.
+        ShapeError: the batch does not divide into the prompts or halves.
+        InputError: a row that does not exist, a position outside a row, an empty region, or a half where the run
+            does not say which it is.
         UnknownNameError: a position that a prompt lacks.
     """
-    key = (where.key, place.positional, tuple(x.shape[:2]), x.device, tap)
+    if where.steps is not None and not where.at_step(call.step):
+        return []
+    key = (where.key, place.positional, place.part, place.image_tokens, grid, tuple(x.shape[:2]), x.device, tap)
     if key not in call.memo:
-        call.memo[key] = _resolve(where, place, x, call, tap)
+        call.memo[key] = _resolve(where, place, x, call, tap, grid)
     return call.memo[key]
 
 
-def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool) -> list[Group]:
+def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool, grid: tuple[int, int] | None) -> list[Group]:
     batch, length = int(x.shape[0]), int(x.shape[1])
     if place.positional and call.length:
         layouts, prompt_length = call.layouts, call.prompt_length
@@ -186,18 +145,29 @@ def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool) -> li
         offset = call.past + call.length - length
     else:
         layouts, prompt_length, offset = (
-            tuple(Layout(0, length, named=False) for _ in range(batch)),
+            tuple(Layout(0, length, named=False) for _ in range(batch // _n_halves(place, call, batch))),
             length,
             0,
         )
     n_prompts = len(layouts)
     if batch % n_prompts:
         raise ShapeError(f"{place.site} has {batch} rows, which is no multiple of the {n_prompts} prompts given")
+    halves = _halves(where, place, call)
+    if halves == []:
+        return []
+    at = where.at
+    if isinstance(at, Region):
+        at = _cells(at, place, length, call, grid)
     chosen = list(range(n_prompts)) if where.rows is None else [_row(row, n_prompts, place) for row in where.rows]
     window = range(offset, offset + length)
-    if where.everything and window.stop <= prompt_length:
-        return [_everything(x, layouts, offset, prompt_length)]
-    ordinals = _ordinals(where.at, layouts, prompt_length, chosen) if offset < prompt_length else None
+    open_rows = where.at is where.rows is where.variant is None
+    if open_rows and window.stop <= prompt_length and (halves is None or len(halves) == len(call.halves)):
+        everything = _everything(x, layouts, offset, prompt_length)
+        if halves is not None:
+            # The rows of one half lie together, so that those of one example do not.
+            everything = replace(everything, examples=torch.arange(batch, device=x.device) % n_prompts)
+        return [replace(everything, grid=grid)]
+    ordinals = _ordinals(at, layouts, prompt_length, chosen) if offset < prompt_length else None
     later = [index for index in window[max(0, prompt_length - offset) :] if _wanted(where, index - prompt_length, tap)]
     if tap and isinstance(where.at, str) and where.at == "last" and window[-1] >= prompt_length:
         # Without a KV cache the call holds the prompt again, whose last token is not the last one any more.
@@ -207,6 +177,12 @@ def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool) -> li
 
     copies = batch // n_prompts
     variants = range(copies) if where.variant is None else [where.variant]
+
+    def rows_of(prompt: int) -> list[int]:
+        if halves is None:
+            return [prompt * copies + copy for copy in variants]
+        return [half * n_prompts + prompt for half in halves]
+
     n_selected = 0 if ordinals is None else sum(len(ordinals[prompt]) for prompt in chosen)
     n_held = 0
     by_size: dict[tuple[int, int], list[_Entry]] = defaultdict(list)
@@ -217,10 +193,53 @@ def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool) -> li
         here += [(p - offset, -1) for p in later]
         if here:
             entries = by_size[len(here), len(selected)]
-            entries += [_Entry(prompt * copies + copy, prompt, example, here) for copy in variants]
+            entries += [_Entry(row, prompt, example, here) for row in rows_of(prompt)]
     starts = [layout.start - offset for layout in layouts]
     found = [_group(e, n_positions, len(chosen), starts, x.device) for (_, n_positions), e in by_size.items()]
-    return [replace(group, complete=n_held in (0, n_selected)) for group in found]
+    return [replace(group, complete=n_held in (0, n_selected), grid=grid) for group in found]
+
+
+def _n_halves(place: Place, call: Call, batch: int) -> int:
+    """How many guidance halves the rows of a tensor hold, one after the other."""
+    n_halves = max(1, len(call.halves)) if place.part in ("denoiser", "text_encoder") else 1
+    if batch % n_halves:
+        raise ShapeError(f"{place.site} has {batch} rows, which do not divide into the halves {call.halves}")
+    return n_halves
+
+
+def _halves(where: Where, place: Place, call: Call) -> list[int] | None:
+    """Which halves of the rows are selected; None where rows have no halves."""
+    if place.part not in ("denoiser", "text_encoder"):
+        return None
+    if where.half is None:
+        return list(range(len(call.halves))) if call.halves else None
+    if not call.halves:
+        raise InputError(
+            f"half={where.half!r} at {place.site}: nothing says which half of guidance this call is for. A text "
+            "encoder's calls say so in sd.prompt and sd.generate, the denoiser's when all of it runs"
+        )
+    return [index for index, half in enumerate(call.halves) if half == where.half]
+
+
+def _cells(region: Region, place: Place, length: int, call: Call, grid: tuple[int, int] | None) -> list[int]:
+    """The positions of a region, row by row of the image."""
+    if grid is not None:
+        return region.cells(*grid)
+    if call.grid is None or place.image_tokens is None:
+        raise InputError(
+            f"{region!r} at {place.site}: it is not known how the {length} positions lie in the image. Regions need a "
+            "feature map, or the tokens of a whole denoiser's call"
+        )
+    height, width = call.grid
+    if place.image_tokens == "all":
+        # Every level of a UNet has half the rows and columns of the one before, rounded up.
+        while height * width > length:
+            height, width = (height + 1) // 2, (width + 1) // 2
+    n_cells = height * width
+    if n_cells > length or (place.image_tokens == "all" and n_cells != length):
+        raise InputError(f"{region!r} at {place.site}: {length} positions are no grid of an image of {call.grid} cells")
+    offset = length - n_cells if place.image_tokens == "last" else 0
+    return [offset + cell for cell in region.cells(height, width)]
 
 
 def _refuse_duplicates(where: Where, place: Place, chosen: list[int], ordinals: Sequence[Sequence[int]] | None) -> None:
@@ -305,3 +324,6 @@ def position_ids(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
         mask: 1 for real tokens, 0 for padding.
     """
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+__all__ = ["HALVES", "Call", "Group", "Where", "groups", "indexes", "position_ids"]

@@ -2,8 +2,10 @@
 
 A site is a place where an activation can be read or written. Its name is the same in every family of model
 and follows TransformerLens where that has one: ``blocks.3.hook_resid_post``,
-``vision.blocks.0.attn.hook_pattern``, ``projector.hook_out``. The raw dotted path of a torch module works
-too: ``model.language_model.layers.3:output``.
+``vision.blocks.0.attn.hook_pattern``, ``projector.hook_out``, ``up.1.resnets.2.hook_branch``. The raw dotted
+path of a torch module works too: ``model.language_model.layers.3:output``; where a module takes or returns
+several tensors, with one of them named: ``transformer.transformer_blocks.3:output.1``,
+``transformer.transformer_blocks.3:input.encoder_hidden_states``.
 """
 
 import re
@@ -15,15 +17,22 @@ from typing import Literal
 from interp.errors import InputError, SiteUnavailableError, UnknownNameError, nearest
 
 Side = Literal["input", "output", "pattern"]
+Layout = Literal["tokens", "grid", "vector", "auto"]
+Part = Literal["model", "denoiser", "text_encoder", "vae"]
+ImageTokens = Literal["all", "first", "last"]
 
 RESIDUAL = ("batch", "pos", "d_model")
 HEADS = ("batch", "pos", "head", "d_head")
 PATTERN = ("batch", "head", "query", "key")
 LOGITS = ("batch", "pos", "vocab")
 NEURONS = ("batch", "pos", "d_mlp")
+SPATIAL = ("batch", "channel", "height", "width")
+VECTOR = ("batch", "d_model")
 
-_NAME = re.compile(r"^(?P<tower>(?:[a-z_]+\.)*?)(?:blocks\.(?P<layer>\d+)\.)?(?P<leaf>(?:[a-z_]+\.)?hook_[a-z_]+)$")
-_RAW = re.compile(r"^(?P<path>[\w.]+):(?P<side>input|output)$")
+_NAME = re.compile(
+    r"^(?P<tower>(?:[a-z_]\w*\.(?:\d+\.)?)*?)(?:blocks\.(?P<layer>\d+)\.)?(?P<leaf>(?:[a-z_]+\.)?hook_[a-z_]+)$"
+)
+_RAW = re.compile(r"^(?P<path>[\w.]+):(?P<side>input|output)(?:\.(?P<element>\w+))?$")
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,14 @@ class Place:
         columns: the ``(start, stop)`` part of a fused projection that belongs to this site.
         width: size of the last axis where it is known before anything runs.
         positional: whether the ``pos`` axis counts the tokens of the prompt (not patches of an image).
+        element: which tensor, where the module takes or returns several: the keyword of an input, the index in
+            an output. None: the first one.
+        layout: ``tokens`` ``[batch, pos, ...]``, ``grid`` ``[batch, channel, height, width]``, ``vector``
+            ``[batch, d]``; ``auto``: one of these, as the tensor's number of axes says.
+        part: what the module belongs to: a model with prompts, or the denoiser, a text encoder or the
+            autoencoder of a diffusion pipeline.
+        image_tokens: which of the tokens (of the queries, in a pattern) are the cells of the image: all, or the
+            first or last ones. None: none are.
     """
 
     site: str
@@ -49,6 +66,15 @@ class Place:
     columns: tuple[int, int] | None = None
     width: int | None = None
     positional: bool = True
+    element: int | str | None = None
+    layout: Layout = "tokens"
+    part: Part = "model"
+    image_tokens: ImageTokens | None = None
+
+    @property
+    def station(self) -> tuple[str, Side, int | str | None]:
+        """Where the hook goes: module path, side, and which tensor of it."""
+        return self.path, self.side, self.element
 
 
 @dataclass(frozen=True)
@@ -76,12 +102,12 @@ def parse(site: str) -> SiteName | None:
     return SiteName(match["tower"].rstrip("."), None if layer is None else int(layer), match["leaf"])
 
 
-def parse_raw(site: str) -> tuple[str, Literal["input", "output"]] | None:
-    """Split ``module.path:output`` into path and side; None when the name has another form."""
+def parse_raw(site: str) -> tuple[str, Literal["input", "output"], str | None] | None:
+    """Split ``module.path:output.1`` into path, side and element; None when the name has another form."""
     match = _RAW.match(site)
     if match is None:
         return None
-    return match["path"], "input" if match["side"] == "input" else "output"
+    return match["path"], "input" if match["side"] == "input" else "output", match["element"]
 
 
 def is_pattern(name: str) -> bool:

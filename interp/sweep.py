@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from interp.clock import known_layouts
+from interp.clock import Clock, known_layouts
 from interp.errors import InputError
 from interp.hooks import Applied, Session, live_edits
 from interp.inputs import Inputs
@@ -133,7 +133,7 @@ def _first(applied: Applied, layouts: tuple[Layout, ...], seq_len: int) -> int:
 def _naive(vlm: Any, inputs: Mapping[str, Any], variants: Sequence[Sequence[Applied]], reason: str) -> Sweep:
     logits = []
     for variant in variants:
-        with Session(vlm.model, vlm.decoder, edits=variant):
+        with Session(vlm.model, Clock(vlm.model, vlm.decoder), edits=variant):
             logits.append(vlm(inputs, logits_to_keep=1).logits[:, -1])
     batch, seq_len = inputs["input_ids"].shape
     cost = len(variants) * batch * seq_len * vlm.n_layers
@@ -171,7 +171,7 @@ def _shared(
         edits = [replace(a, variant=index, times=0) for index, edits in enumerate(chunk) for a in edits]
         n = len(chunk)
         # The copies of a row lie side by side, as beams do, so that edits of an outer block find their prompts.
-        with Session(vlm.model, vlm.decoder, edits=edits):
+        with Session(vlm.model, Clock(vlm.model, vlm.decoder), edits=edits):
             output = vlm.model(
                 inputs_embeds=repeat(embeds[:, first:], "batch pos d -> (batch variant) pos d", variant=n),
                 attention_mask=repeat(mask, "batch pos -> (batch variant) pos", variant=n),

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from interp import Activations
+from interp.activations import from_taps
 from interp.errors import InputError, NeverFiredError, ShapeError, UnknownNameError
+from interp.hooks import Tap
+from interp.selection import Where
+from interp.sites import SPATIAL, Place
 from tests import tiny
 from tests.plain import writing
 
@@ -154,3 +158,41 @@ def test_axes_of_raw_modules() -> None:
     acts = vlm.capture(tiny.image_inputs(), [conv, mlp])
     assert acts.axes(conv) == ("batch", "axis_1", "axis_2", "axis_3") and acts[conv].ndim == 4
     assert acts.axes(mlp) == ("batch", "pos", "feature")
+
+
+def test_steps_lead_even_when_there_is_one(tmp_path) -> None:
+    site = "up.1.resnets.0.hook_branch"
+    x = torch.arange(24.0).reshape(1, 2, 3, 4)
+    axes = {site: ("batch", "channel", "height", "width")}
+    acts = Activations({site: [x]}, axes, stepped=True)
+    assert acts[site].shape == (1, 1, 2, 3, 4) and acts.axes(site)[:2] == ("step", "batch")
+    acts.save(tmp_path / "acts")
+    for other in (Activations.load(tmp_path / "acts"), acts.select("up.*"), acts.to(dtype=torch.float64)):
+        assert other.stepped and other[site].shape == (1, 1, 2, 3, 4)
+    assert Activations({site: [x]}, axes)[site].shape == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("at", "caught", "axes"),
+    [
+        (None, torch.zeros(2, 3, 4, 5), ("batch", "channel", "height", "width")),
+        (1, torch.zeros(2, 3), ("batch", "channel")),
+        ([1, 2], torch.zeros(2, 2, 3), ("batch", "cell", "channel")),
+    ],
+)
+def test_axes_of_feature_maps(at, caught, axes) -> None:
+    place = Place("down.0.hook_out", "x", "output", SPATIAL, layout="grid", part="denoiser")
+    assert from_taps([Tap(place, Where(at), caught=[caught])]).axes("down.0.hook_out") == axes
+
+
+@pytest.mark.parametrize(
+    ("caught", "axes"),
+    [
+        (torch.zeros(2, 3, 4, 5), ("batch", "channel", "height", "width")),
+        (torch.zeros(2, 3, 4), ("batch", "axis_1", "axis_2")),
+        (torch.zeros(2, 3), ("batch", "axis_1")),
+    ],
+)
+def test_axes_of_raw_tensors_of_a_diffusion_model(caught, axes) -> None:
+    place = Place("unet.conv_in:output", "unet.conv_in", "output", SPATIAL, layout="auto", part="denoiser")
+    assert from_taps([Tap(place, caught=[caught])]).axes(place.site) == axes

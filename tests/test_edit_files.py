@@ -7,6 +7,7 @@ from interp import Add, Function, Interpolate, MeanAblate, Project, Replace, Res
 from interp.edit_files import load_edits, save_edits
 from interp.errors import InputError
 from interp.positions import PerRow
+from interp.regions import Region
 
 S = "blocks.1.hook_resid_post"
 EDITS = [
@@ -64,3 +65,25 @@ def test_missing_and_damaged_files(tmp_path) -> None:
     (tmp_path / "edits.safetensors").unlink()
     with pytest.raises(InputError, match="no edits at"):
         load_edits(tmp_path / "edits")
+
+
+def test_regions_steps_and_halves(tmp_path) -> None:
+    edits = [
+        Scale("up.1.resnets.0.hook_branch", 2.0, at=Region.box(0.0, 0.25, 1.0, 0.5), steps=slice(2, None), half="cond"),
+        Zero("up.1.resnets.0.hook_branch", at=Region.mask(torch.eye(3) > 0), steps=[1, 2]),
+        Replace("mid.attn.0.blocks.0.self.hook_pattern", torch.ones(4), steps=3, half="uncond", renormalise=True),
+    ]
+    save_edits(edits, tmp_path / "edits")
+    loaded = load_edits(tmp_path / "edits")
+    assert loaded == edits
+    assert repr(loaded) == repr(edits)
+    assert repr(loaded[0]) == (
+        "Scale('up.1.resnets.0.hook_branch', at=Region.box(0.0, 0.25, 1.0, 0.5), steps=slice(2, None, None), "
+        "half='cond', factor=2.0)"
+    )
+    for changed in (
+        Zero(edits[1].site, at=Region.mask(torch.ones(3, 3) > 0), steps=[1, 2]),
+        Zero(edits[1].site, at=edits[1].at, steps=[1, 3]),
+        Zero(edits[1].site, at=edits[1].at, steps=[1, 2], half="cond"),
+    ):
+        assert changed != loaded[1]

@@ -8,6 +8,7 @@ from interp import Add, Edit, Function, Interpolate, MeanAblate, Project, Replac
 from interp.edits import as_edits
 from interp.errors import InputError, ShapeError
 from interp.positions import PerRow
+from interp.regions import Region
 from tests import tiny
 
 SITE = "blocks.1.hook_resid_post"
@@ -230,11 +231,29 @@ def given(edit, **fields):
         (Zero(SITE, rows=[0, -3]), "a row is selected twice"),
         (Zero(SITE, at=["last", -1]), "selected twice in row 0"),
         (Zero(SITE, at=PerRow(([0], [1, 1], [2]))), "selected twice in row 1"),
+        (Zero(SITE, steps=0), "steps=.* are those of a diffusion model"),
+        (Zero(SITE, half="cond"), "half='cond' .* are those of a diffusion model"),
+        (Zero(SITE, at=Region.box(0.0, 0.0, 0.5, 1.0)), r"at=Region\.box.* are those of a diffusion model"),
+        (Scale(SITE, 0.5, renormalise=True), "the site is no attention pattern"),
+        (Zero("blocks.1.attn.hook_pattern", renormalise=True), "zeros have no sum"),
     ],
 )
 def test_what_no_edit_can_mean(vlm, inputs, edit, match) -> None:
     with pytest.raises(InputError, match=match):
         vlm.capture(inputs, SITE, edits=edit)
+
+
+def test_renormalised_patterns(vlm, inputs) -> None:
+    site = "blocks.1.attn.hook_pattern"
+    clean = vlm.capture(inputs, site)[site]
+    bias = torch.rand(clean.shape[-1], generator=torch.Generator().manual_seed(0))
+    edited = vlm.capture(inputs, site, edits=Add(site, bias, renormalise=True))[site]
+    torch.testing.assert_close(edited, (clean + bias) / (clean + bias).sum(-1, keepdim=True))
+    # Without it the sum says what was added.
+    plain = vlm.capture(inputs, site, edits=Add(site, bias))[site]
+    torch.testing.assert_close(plain.sum(-1), torch.full_like(plain[..., 0], float(1 + bias.sum())))
+    with pytest.raises(InputError, match="sum to zero or less"):
+        vlm.capture(inputs, site, edits=Scale(site, -1.0, renormalise=True))
 
 
 @pytest.mark.parametrize("array", [np.array([0, -1]), torch.tensor([0, -1])])

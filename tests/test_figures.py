@@ -16,6 +16,7 @@ from PIL import Image
 from interp import figures
 from interp.errors import InputError, ShapeError, UnknownNameError
 from interp.figures import curves, drawing
+from interp.metrics import Interval
 
 RANDOM = np.random.default_rng(0)
 SEEDS = {"text → image": RANDOM.random((3, 5)), "image → text": RANDOM.random((3, 5))}
@@ -33,6 +34,10 @@ DRAW: dict[str, Callable[..., Axes]] = {
     "transfer_table": lambda ax=None: figures.transfer_table(np.eye(2), ["a", "b"], ["x", "y"], ax=ax),
     "condition_bars": lambda ax=None: figures.condition_bars(SEEDS, ax=ax),
     "image_strip": lambda ax=None: figures.image_strip(PIXELS, ["a", "b", "c"], ax=ax),
+    "layer_timestep_map": lambda ax=None: figures.layer_timestep_map(RANDOM.random((3, 4)), [-1, 60, 160], ax=ax),
+    "matched_points": lambda ax=None: figures.matched_points(*PIXELS[:2], [[1, 2]], [[3, 4]], correct=[False], ax=ax),
+    "pck_bars": lambda ax=None: figures.pck_bars({"a": {"img": Interval(0.5, 0.4, 0.6)}}, ax=ax),
+    "warp_panel": lambda ax=None: figures.warp_panel(*PIXELS, *PIXELS[:2], ax=ax),
 }
 
 

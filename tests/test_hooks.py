@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from interp import Add, Function, Replace, Zero
+from interp.clock import Clock
 from interp.errors import InputError, NeverFiredError, ShapeError
 from interp.hooks import Session
 from tests import tiny
@@ -326,7 +327,7 @@ def test_a_session_that_cannot_open_leaves_nothing() -> None:
     missing = type(place)("gone", "model.layers.0.gone", "output", place.axes)
     from interp.hooks import Tap
 
-    with pytest.raises(AttributeError), Session(vlm.model, vlm.decoder, [Tap(place), Tap(missing)]):
+    with pytest.raises(AttributeError), Session(vlm.model, Clock(vlm.model, vlm.decoder), [Tap(place), Tap(missing)]):
         pass
     assert state_of(vlm.model) == before
 

@@ -14,7 +14,8 @@ def test_names_come_apart() -> None:
     assert parse("blocks.0.hook_resid_post") == SiteName("", 0, "hook_resid_post")
     assert parse("hook_embed") == SiteName("", None, "hook_embed")
     assert parse("model.layers.0:output") is None
-    assert parse_raw("model.layers.0:output") == ("model.layers.0", "output")
+    assert parse_raw("model.layers.0:output") == ("model.layers.0", "output", None)
+    assert parse_raw("model.layers.0:input.context") == ("model.layers.0", "input", "context")
     assert parse_raw("model.layers.0:middle") is None
     assert parse_raw("blocks.0.hook_resid_post") is None
 

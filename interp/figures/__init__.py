@@ -6,6 +6,7 @@ are unknown to pyplot. To see one in a notebook, run ``%matplotlib inline`` once
 Sizes are in inches; a column of most proceedings is 3.3 wide.
 """
 
+from interp.figures.correspondence import layer_timestep_map, matched_points, pck_bars, warp_panel
 from interp.figures.curves import accuracy_by_layer, lens_phases, sample_efficiency
 from interp.figures.drawing import COLOURS, COLUMN, panels, style
 from interp.figures.images import image_strip
@@ -19,10 +20,14 @@ __all__ = [
     "condition_bars",
     "embedding_scatter",
     "image_strip",
+    "layer_timestep_map",
     "lens_phases",
+    "matched_points",
     "panels",
+    "pck_bars",
     "sample_efficiency",
     "similarity_matrix",
     "style",
     "transfer_table",
+    "warp_panel",
 ]

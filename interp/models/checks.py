@@ -13,7 +13,7 @@ from interp.positions import names_image
 from interp.selection import position_ids
 
 
-def placed(edit: Edit, places: PlaceMap, image_token: int | None) -> Applied:
+def placed(edit: Edit, places: PlaceMap, image_token: int | None = None) -> Applied:
     """An edit with its site, checked.
 
     Args:
@@ -25,12 +25,12 @@ def placed(edit: Edit, places: PlaceMap, image_token: int | None) -> Applied:
         UnknownNameError, SiteUnavailableError, InputError, ShapeError: a site that the model lacks or where an edit
             would change nothing, or a selection or value that the site cannot have.
     """
-    place, embed = places.place(edit.site), places.place("hook_embed")
+    place = places.place(edit.site)
     reason = places.no_effect(place)
     if reason is not None:
         raise SiteUnavailableError(f"an edit at {place.site} would change nothing: {reason}")
     edit.check(place)
-    if image_token is None or (place.path, place.side) != (embed.path, embed.side):
+    if image_token is None or place.station != places.place("hook_embed").station:
         return Applied(edit, place)
     if names_image(edit.at):
         raise SiteUnavailableError(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.clock import known_layouts
+from interp.clock import Clock, known_layouts
 from interp.errors import InputError
 from interp.hooks import Applied, Session
 from interp.inputs import Inputs
@@ -44,7 +44,7 @@ def continue_prompts(
     check_guidance(vlm, edits, options)
     # The mask that the model sees may cover a chunk of the prompt, or drafted tokens after it: this one is right.
     layouts = inputs.layout if isinstance(inputs, Inputs) else layouts_from_mask(arguments["attention_mask"])
-    with torch.no_grad(), known_layouts(layouts), Session(vlm.model, vlm.decoder, edits=edits):
+    with torch.no_grad(), known_layouts(layouts), Session(vlm.model, Clock(vlm.model, vlm.decoder), edits=edits):
         made = vlm.model.generate(**arguments, max_new_tokens=max_new_tokens, **_settings(vlm, options))
     sequences = getattr(made, "sequences", made)  # an object, with return_dict_in_generate
     return sequences[:, ids.shape[1] :]

@@ -48,7 +48,8 @@ def load(
 
     Raises:
         UnknownNameError: an unknown zoo name.
-        InputError: nothing to load there, damaged files, an unsupported family, or both ``device`` and ``device_map``.
+        InputError: nothing to load there, a diffusion pipeline, damaged files, an unsupported family, or both
+            ``device`` and ``device_map``.
     """
     if device is not None and device_map is not None:
         raise InputError("give device or device_map, not both")
@@ -91,9 +92,15 @@ def _bars_where_seen() -> Iterator[None]:
 
 
 def _source(name: str | Path) -> str:
-    if isinstance(name, str) and name.startswith(zoo.PREFIX):
-        return str(zoo.path(name))
-    path = Path(name)
+    in_zoo = isinstance(name, str) and name.startswith(zoo.PREFIX)
+    path = zoo.path(str(name)) if in_zoo else Path(name)
+    if (path / "model_index.json").is_file():
+        raise InputError(
+            f"{str(name)!r} is a diffusion pipeline, no language or vision-language model; "
+            f"load it with interp.Diffusion.from_pretrained({str(name)!r})"
+        )
+    if in_zoo:
+        return str(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"the folder {str(name)!r} has no config.json, so it is no model folder")
     if isinstance(name, Path) and not path.exists():

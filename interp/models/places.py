@@ -1,13 +1,14 @@
 """Where every site of a model is: the family's table, checked against the modules that the model has."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from interp.errors import InputError, SiteUnavailableError, UnknownNameError, nearest
 from interp.models.families import Family, Stack
-from interp.sites import HEADS, LOGITS, NEURONS, PATTERN, RESIDUAL, Place, parse_raw, unknown
+from interp.sites import HEADS, LOGITS, NEURONS, PATTERN, RESIDUAL, SPATIAL, Part, Place, parse_raw, unknown
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,17 @@ class PlaceMap:
     Args:
         places: place by site name, in forward order.
         reasons: why a site of the grammar is not offered by this model, by name.
-        without_effect: why an edit in a module would change nothing, although it can be read, by module path.
+        without_effect: why an edit in a module would change nothing, although it can be read, by module path or
+            site.
         modules: module paths, for raw sites.
+        parts: of a diffusion pipeline, what each of its models is, by its name. Empty for a model with prompts.
     """
 
     places: dict[str, Place]
     reasons: dict[str, str]
     without_effect: dict[str, str]
     modules: frozenset[str]
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Every site that can be used, in forward order."""
@@ -32,6 +36,8 @@ class PlaceMap:
 
     def no_effect(self, place: Place) -> str | None:
         """Why an edit at a place would change nothing; None where it can change something."""
+        if place.site in self.without_effect:
+            return self.without_effect[place.site]
         inside = (reason for path, reason in self.without_effect.items() if f"{place.path}.".startswith(f"{path}."))
         return next(inside, None)
 
@@ -39,7 +45,8 @@ class PlaceMap:
         """Find one site.
 
         Args:
-            site: a stable name or a raw ``path:input`` / ``path:output``.
+            site: a stable name or a raw ``path:input`` / ``path:output``, with ``.element`` where the module takes
+                or returns several tensors: the keyword of an input, the index in an output.
 
         Raises:
             SiteUnavailableError: this model cannot offer the site; the message says why.
@@ -52,10 +59,17 @@ class PlaceMap:
         raw = parse_raw(site)
         if raw is None:
             raise unknown(site, self.places)
-        path, side = raw
+        path, side, name = raw
         if path not in self.modules:
             raise UnknownNameError(f"no module {path!r} in this model. {nearest(path, self.modules)}".rstrip())
-        return Place(site, path, side, ("batch", "pos", "feature"), positional=not path.startswith(_VISION_PATHS))
+        if side == "output" and name is not None and not name.isdigit():
+            raise UnknownNameError(f"site {site!r}: tensors of an output have numbers, as in {path}:output.1")
+        element: int | str | None = int(name) or None if side == "output" and name is not None else name
+        if self.parts:
+            part = self.parts.get(path.split(".")[0], "denoiser")
+            return Place(site, path, side, SPATIAL, positional=False, element=element, layout="auto", part=part)
+        positional = not path.startswith(_VISION_PATHS)
+        return Place(site, path, side, ("batch", "pos", "feature"), positional=positional, element=element)
 
 
 # Modules whose second axis counts patches or images, so that positions of the prompt mean nothing in them.
@@ -93,7 +107,7 @@ def place_map(model: nn.Module, family: Family) -> PlaceMap:
         towers.insert(0, ("vision.", family.vision))
     for prefix, stack in towers:
         norm_used = not prefix or getattr(model.config, "vision_feature_layer", None) is None
-        for place, reason in _stack_places(modules, prefix, stack, norm_used):
+        for place, reason in stack_places(modules, prefix, stack, norm_used):
             if reason is None and place.path not in modules:
                 reason = f"this {type(model).__name__} has no module {place.path!r}"
             if reason is None:
@@ -148,15 +162,16 @@ def head_sizes(modules: dict[str, nn.Module], stack: Stack, layer: int) -> tuple
     """
     block = f"{stack.root}.{stack.blocks}.{layer}"
     attention = modules[f"{block}.{stack.attn}"]
-    z_width = _width(modules[f"{block}.{stack.o}"], "in")
-    d_head = int(getattr(attention, "head_dim", 0)) or z_width // int(attention.num_heads)  # type: ignore[arg-type]
+    z_width = width_of(modules[f"{block}.{stack.o}"], "in")
+    count: Any = getattr(attention, "num_heads", None) or getattr(attention, "n_heads", None)
+    d_head = int(getattr(attention, "head_dim", 0)) or z_width // int(count)
     n_heads = z_width // d_head
     if stack.q == stack.k:
         return n_heads, n_heads, d_head
-    return n_heads, _width(modules[f"{block}.{stack.k}"], "out") // d_head, d_head
+    return n_heads, width_of(modules[f"{block}.{stack.k}"], "out") // d_head, d_head
 
 
-def _width(module: nn.Module, side: str) -> int:
+def width_of(module: nn.Module, side: str) -> int:
     """Input or output width of a projection; Conv1D has a weight [in, out], Linear says its widths."""
     if hasattr(module, "in_features"):
         return int(module.in_features if side == "in" else module.out_features)  # type: ignore[arg-type]
@@ -164,12 +179,23 @@ def _width(module: nn.Module, side: str) -> int:
     return int(weight.shape[0 if side == "in" else 1])  # type: ignore[index]
 
 
-def _stack_places(
+def stack_places(
     modules: dict[str, nn.Module], prefix: str, stack: Stack, norm_used: bool
 ) -> Iterator[tuple[Place, str | None]]:
+    """The sites of one stack of transformer blocks.
+
+    Args:
+        modules: all modules of the model, by path.
+        prefix: of the sites' names, such as ``vision.``; empty for the language model.
+        stack: where its parts are.
+        norm_used: whether what comes after reads the stack's final norm.
+
+    Yields:
+        Each place, and why it is not available where that is so.
+    """
     positional = prefix == ""
     blocks = stack_blocks(modules, stack)
-    d_model = _width(modules[f"{stack.root}.{stack.blocks}.0.{stack.o}"], "out")
+    d_model = width_of(modules[f"{stack.root}.{stack.blocks}.0.{stack.o}"], "out")
 
     def place(leaf: str, path: str, side: str, axes: tuple[str, ...], **extra: object) -> Place:
         return Place(prefix + leaf, path, side, axes, positional=positional, **extra)  # type: ignore[arg-type]
@@ -208,12 +234,12 @@ def _stack_places(
         )
         yield place(f"{name}.hook_attn_out", f"{block}.{stack.attn}", "output", RESIDUAL, width=d_model), None
         yield (
-            place(f"{name}.hook_resid_mid", block, "output", RESIDUAL),
+            place(f"{name}.hook_resid_mid", block, "output", RESIDUAL, width=d_model),
             "the block keeps the sum of residual and attention output in a local variable, where no hook reaches it; "
             f"read {prefix}{name}.hook_resid_pre plus {prefix}{name}.hook_attn_out, and edit hook_attn_out",
         )
         neurons = f"{block}.{stack.mlp_out}"
-        d_mlp = _width(modules[neurons], "in") if neurons in modules else None
+        d_mlp = width_of(modules[neurons], "in") if neurons in modules else None
         yield place(f"{name}.mlp.hook_post", neurons, "input", NEURONS, width=d_mlp), None
         yield place(f"{name}.hook_mlp_out", f"{block}.{stack.mlp}", "output", RESIDUAL, width=d_model), None
         yield place(f"{name}.hook_resid_post", block, "output", RESIDUAL, width=d_model), None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from interp.activations import Activations, from_taps
-from interp.clock import known_layouts
+from interp.clock import Clock, known_layouts
 from interp.edits import Edit, as_edits
 from interp.errors import InputError
 from interp.hooks import Applied, Session, Tap
@@ -268,7 +268,7 @@ class VLM:
         taps = self._taps(sites, where, dtype, device, grad)
         with (
             torch.set_grad_enabled(grad),
-            Session(self.model, self.decoder, taps, self._applied(edits)),
+            Session(self.model, self._clock(), taps, self._applied(edits)),
         ):
             output = self(inputs, **options)
         return from_taps(taps, output)
@@ -296,7 +296,7 @@ class VLM:
         """
         taps = self._taps(sites, Where(at, rows, heads), dtype, device, grad=False)
         acts = from_taps([])
-        with Session(self.model, self.decoder, taps):
+        with Session(self.model, self._clock(), taps):
             yield acts
         acts.fill(taps)
 
@@ -314,7 +314,7 @@ class VLM:
         listed = [edit for group in edits for edit in as_edits(group)]
         if not listed:
             raise InputError("edit() needs at least one edit")
-        with Session(self.model, self.decoder, edits=self._applied(listed)):
+        with Session(self.model, self._clock(), edits=self._applied(listed)):
             yield self
 
     def generate(
@@ -373,6 +373,9 @@ class VLM:
         return run_sweep(self, inputs, [self._applied(edits) for edits in variants], max_rows=max_rows)
 
     # ------------------------------------------------------------ helpers
+
+    def _clock(self) -> Clock:
+        return Clock(self.model, self.decoder)
 
     def _taps(
         self,

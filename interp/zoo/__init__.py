@@ -1,4 +1,4 @@
-"""The small models that ship, and the world they were trained on."""
+"""The small models that ship, and the worlds they were trained on."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,13 @@ PREFIX = "zoo:"
 
 
 def names() -> list[str]:
-    """The names of the models that ship, for example ``["tiny-llama", "tiny-llava"]``."""
-    return sorted(folder.name for folder in MODELS.iterdir() if (folder / "config.json").is_file())
+    """The names of the models that ship, for example ``["tiny-diffusion", "tiny-llama", "tiny-llava"]``."""
+    kinds = ("config.json", "model_index.json")  # a model of transformers, a pipeline of diffusers
+    return sorted(folder.name for folder in MODELS.iterdir() if any((folder / kind).is_file() for kind in kinds))
 
 
 def path(name: str) -> Path:
-    """The folder of a model that ships; transformers' ``from_pretrained`` loads it.
+    """The folder of a model that ships; ``from_pretrained`` of transformers or diffusers loads it.
 
     Args:
         name: ``"tiny-llava"`` or ``"zoo:tiny-llava"``.

@@ -22,10 +22,11 @@ from interp.zoo.tokenizer import train_tokenizer
 # Accuracies are shares of 30 to 36 items in six tasks. The CPU's kernels may add in another order than those
 # that the card was measured with, which can flip an answer that was nearly a tie: one item in each task.
 TOLERANCE = 0.03
+LANGUAGE_MODELS = ["tiny-llama", "tiny-llava"]
 
 
 def test_names_paths_and_cards():
-    assert zoo.names() == ["tiny-llama", "tiny-llava"]
+    assert zoo.names() == ["tiny-diffusion", *LANGUAGE_MODELS]
     assert zoo.path("zoo:tiny-llava") == zoo.path("tiny-llava")
     assert zoo.card("tiny-llama")["class"] == "LlamaForCausalLM"
     with pytest.raises(UnknownNameError, match="Did you mean 'tiny-llava'"):
@@ -38,7 +39,7 @@ def test_importing_the_zoo_does_not_import_torch():
 
 
 def test_folders_are_small_and_complete():
-    for name in zoo.names():
+    for name in LANGUAGE_MODELS:
         files = {file.name: file.stat().st_size for file in zoo.path(name).iterdir()}
         assert sum(files.values()) <= 10 * 2**20
         assert {"model.safetensors", "config.json", "tokenizer.json", "card.json", "README.md"} <= set(files)
@@ -64,7 +65,7 @@ def test_they_load_with_transformers_alone_and_answer():
 
 def test_the_tokenizer_that_ships_is_the_one_the_recipe_trains():
     fresh = train_tokenizer()
-    for name in zoo.names():
+    for name in LANGUAGE_MODELS:
         shipped = AutoTokenizer.from_pretrained(zoo.path(name))
         assert shipped.get_vocab() == fresh.get_vocab()
         text = "Q:Saudi Arabia\nThe scientific name of the animal's species in latin:"
@@ -82,7 +83,7 @@ def test_the_vlm_started_from_the_language_model_and_really_moved():
             assert similarity > 0.5, name
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llava"])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_figures_of_the_card_can_be_measured_again(name):
     folder, card = zoo.path(name), zoo.card(name)
     assert tuple(card["figures"]["check"]["seeds"]) == cards.CHECK_SEEDS

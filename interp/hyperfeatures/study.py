@@ -1,0 +1,296 @@
+"""Methods of semantic correspondence side by side: one set of pairs, one way to match, every descriptor."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.correspondence import Evaluation, Pair, PairResult, match, pck_interval, rescale
+from interp.correspondence.points import Size
+from interp.errors import InputError
+from interp.hyperfeatures.baselines import single
+from interp.hyperfeatures.features import stack
+from interp.hyperfeatures.images import prepare
+from interp.hyperfeatures.loss import scale_points
+from interp.hyperfeatures.network import AggregationNetwork
+from interp.hyperfeatures.spec import GENERATION, FeatureSpec
+from interp.hyperfeatures.training import Pair as TrainingPair
+from interp.hyperfeatures.training import Training, train
+from interp.images import load_image
+from interp.models.diffusion import Diffusion
+from interp.progress import progress, track
+
+Describe = Callable[[Hashable], Float[Tensor, "channel height width"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Pairs to train on, to choose by, and to report, with their images.
+
+    Attributes:
+        images: by the names that the pairs use: tensors 0 to 1, or files.
+        train, validation, test: the pairs.
+        held_out: categories of the test pairs that no training or validation pair has.
+    """
+
+    images: Mapping[Hashable, Float[Tensor, "3 height width"] | Path]
+    train: tuple[Pair, ...]
+    validation: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+    held_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a split whose images are missing or whose held-out categories are not."""
+        for pair in (*self.train, *self.validation, *self.test):
+            for key in (pair.source, pair.target):
+                if key not in self.images:
+                    raise InputError(f"{pair} needs the image {key!r}, which is not among the {len(self.images)} given")
+        for pair in (*self.train, *self.validation):
+            if pair.category in self.held_out:
+                raise InputError(f"{pair} is of a held-out category")
+
+    def size(self, key: Hashable) -> Size:
+        """(height, width) of an image."""
+        image = self.images[key]
+        if isinstance(image, Tensor):
+            return int(image.shape[-2]), int(image.shape[-1])
+        opened = load_image(image)
+        return opened.height, opened.width
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an aggregation network is trained here.
+
+    Attributes:
+        dim, width, n_groups: of the network.
+        steps: of the optimizer, one pair each.
+        lr: learning rate.
+        validate_every: steps between two validations.
+        patience: validations without a new best before the training stops.
+    """
+
+    dim: int = 384
+    width: int = 96
+    n_groups: int = 32
+    steps: int = 5000
+    lr: float = 1e-3
+    validate_every: int = 1000
+    patience: int | None = None
+
+
+class Stacks:
+    """Feature stacks by image, computed in batches, held in half precision, the least recently used dropped first.
+
+    Args:
+        sd: the model.
+        spec: which maps.
+        images: by name; tensors 0 to 1, or files. For generation: the noise to start from.
+        hold: how many stacks are held at a time; None: all.
+        batch: images a run.
+    """
+
+    def __init__(
+        self,
+        sd: Diffusion,
+        spec: FeatureSpec,
+        images: Mapping[Hashable, Any],
+        *,
+        hold: int | None = None,
+        batch: int = 32,
+    ) -> None:
+        self.sd, self.spec, self.images, self.hold, self.batch = sd, spec, images, hold, batch
+        self.channels = sd.channels(list(spec.sites))
+        self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def prepare(self, pairs: Iterable[Pair], description: str = "features") -> None:
+        """Compute the stacks of all images of some pairs, as many as may be held."""
+        wanted = dict.fromkeys(key for pair in pairs for key in (pair.source, pair.target))
+        missing = [key for key in wanted if key not in self._held]
+        if self.hold is not None and len(wanted) > self.hold:
+            return
+        chunks = [missing[k : k + self.batch] for k in range(0, len(missing), self.batch)]
+        for chunk in track(chunks, description, len(chunks)):
+            self._add(chunk)
+
+    def __getitem__(self, key: Hashable) -> Float[Tensor, "step channels height width"]:
+        """The stack of one image, clean step first."""
+        if key not in self._held:
+            self._add([key])
+        self._held.move_to_end(key)
+        return self._held[key]
+
+    def _add(self, keys: Sequence[Hashable]) -> None:
+        if self.spec.mode == GENERATION:
+            given: Any = torch.stack([torch.as_tensor(self.images[key]) for key in keys])
+        else:
+            given = gathered(self.images, keys)
+        found = stack(self.sd, given, self.spec, dtype=torch.float16)
+        self._held.update(zip(keys, found.unbind(0), strict=True))
+        while self.hold is not None and len(self._held) > self.hold:
+            self._held.popitem(last=False)
+
+
+def gathered(images: Mapping[Hashable, Any], keys: Sequence[Hashable]) -> Any:
+    """Images as a diffusion model takes them: one tensor -1 to 1, or Pillow images read from files."""
+    listed = [images[key] for key in keys]
+    if isinstance(listed[0], Tensor):
+        return torch.stack(listed) * 2 - 1
+    return [load_image(image) for image in listed]
+
+
+def score(describe: Describe, split: Split, pairs: Sequence[Pair], size: Size | None = None) -> Evaluation:
+    """Match the points of pairs by any descriptor.
+
+    Args:
+        describe: image name -> descriptor map.
+        split: knows the images' sizes.
+        pairs: which pairs.
+        size: (height, width) to match at, such as (224, 224); None: the images' own sizes.
+
+    Returns:
+        The predictions, to be scored or compared.
+    """
+    return score_many(lambda key: {"": describe(key)}, split, pairs, size)[""]
+
+
+def score_many(
+    describe: Callable[[Hashable], Mapping[Any, Float[Tensor, "channel height width"]]],
+    split: Split,
+    pairs: Sequence[Pair],
+    size: Size | None = None,
+    description: str = "matching",
+) -> dict[Any, Evaluation]:
+    """Match the points of pairs by several descriptors of the same images.
+
+    Args:
+        describe: image name -> descriptor maps by method.
+        split, pairs, size: as for `score`.
+        description: the words before the progress bar.
+
+    Returns:
+        One evaluation for each method.
+    """
+    results: dict[Any, list[PairResult]] = {}
+    with progress(len(pairs), description) as bar:
+        for pair in pairs:
+            source_size, target_size = split.size(pair.source), split.size(pair.target)
+            pair.check(source_size, target_size)
+            at, to = (source_size, target_size) if size is None else (size, size)
+            points = rescale(pair.source_points, source_size, at)
+            sources, targets = describe(pair.source), describe(pair.target)
+            for method, source in sources.items():
+                found = match(source.float(), targets[method].float(), points, at, target_size=to).cpu()
+                results.setdefault(method, []).append(PairResult(pair, found.double(), to, target_size))
+            bar.update(1)
+    return {method: Evaluation(tuple(listed)) for method, listed in results.items()}
+
+
+def cells(stacks: Stacks, key: Hashable) -> dict[tuple[int, int], Float[Tensor, "channel height width"]]:
+    """Every single (step, layer) of an image's stack as a descriptor."""
+    whole = stacks[key][None]
+    return {
+        (step, layer): single(whole, stacks.channels, layer, step)[0]
+        for step in range(stacks.spec.n_steps)
+        for layer in range(len(stacks.channels))
+    }
+
+
+def best(evaluations: Mapping[Any, Evaluation], base: str = "bbox") -> Any:
+    """The method with the highest PCK@0.1; the first of equals."""
+    return max(evaluations, key=lambda method: pck_interval(evaluations[method], base=base, n_resamples=1).mean)
+
+
+def fit(
+    stacks: Stacks, split: Split, recipe: Recipe, seed: int, *, base: str = "bbox", folder: str | Path | None = None
+) -> tuple[AggregationNetwork, Training]:
+    """Train an aggregation network on the training pairs, stopped by the PCK@0.1 of the validation pairs.
+
+    Args:
+        stacks: of the images.
+        split: the pairs.
+        recipe: how.
+        seed: of the weights and of the order of the pairs.
+        base: of the validation PCK.
+        folder: keeps the state, and goes on from the state found there.
+
+    Returns:
+        The network with its best weights, and how the training went.
+    """
+    spec = stacks.spec
+    net = AggregationNetwork(
+        stacks.channels,
+        spec.n_steps,
+        recipe.dim,
+        recipe.width,
+        n_groups=recipe.n_groups,
+        sites=spec.sites,
+        timesteps=spec.timesteps or None,
+        seed=seed,
+    ).to(stacks.sd.device)
+
+    def source(index: int) -> TrainingPair:
+        pair = split.train[index]
+        first, second = stacks[pair.source], stacks[pair.target]
+        points = [
+            scale_points(points.float(), split.size(key), (int(features.shape[-2]), int(features.shape[-1])))
+            for points, key, features in (
+                (pair.source_points, pair.source, first),
+                (pair.target_points, pair.target, second),
+            )
+        ]
+        return TrainingPair(first, second, *points)
+
+    def validate(net: AggregationNetwork) -> float:
+        found = score(aggregated(net, stacks), split, split.validation)
+        return pck_interval(found, base=base, n_resamples=1).mean
+
+    trained = train(
+        net,
+        source,
+        len(split.train),
+        steps=recipe.steps,
+        lr=recipe.lr,
+        validate=validate if split.validation else None,
+        validate_every=recipe.validate_every,
+        patience=recipe.patience,
+        seed=seed,
+        folder=folder,
+    )
+    return net, trained
+
+
+def aggregated(net: AggregationNetwork, stacks: Stacks) -> Describe:
+    """Descriptors by a network, remembered for the images of one evaluation."""
+    known: dict[Hashable, Tensor] = {}
+
+    def describe(key: Hashable) -> Tensor:
+        if key not in known:
+            with torch.no_grad():
+                known[key] = net(stacks[key][None].to(net.mixing_weights.device))[0]
+        return known[key]
+
+    return describe
+
+
+def patches(images: Mapping[Hashable, Any], side: int = 9, size: Size | None = None) -> Describe:
+    """The colours around each pixel as its descriptor: what can be matched without any model.
+
+    Args:
+        images: by name; tensors 0 to 1, or files.
+        side: pixels a side of the patch, odd.
+        size: (height, width) that images are resized to first; None: not at all.
+    """
+
+    def describe(key: Hashable) -> Tensor:
+        image = prepare(gathered(images, [key]), size)
+        columns = torch.nn.functional.unfold(image, side, padding=side // 2)
+        return rearrange(columns, "1 channel (h w) -> channel h w", h=image.shape[-2])
+
+    return describe

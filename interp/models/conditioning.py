@@ -1,0 +1,183 @@
+"""Prompts for denoisers, and the denoiser under classifier-free guidance."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.denoising import running
+from interp.errors import InputError
+from interp.hooks import Session, Stopped
+from interp.models.families.diffusion import DiffusionFamily, Text
+from interp.solvers import Solver
+
+Latents = Float[Tensor, "batch channel height width"]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: the conditional half, and the unconditional one where it was asked for."""
+
+    cond: Text
+    uncond: Text | None = None
+
+    def __len__(self) -> int:
+        """How many prompts."""
+        return len(self.cond)
+
+    def repeat(self, n: int) -> "Conditioning":
+        """Every prompt n times, copies side by side."""
+        return Conditioning(self.cond.repeat(n), None if self.uncond is None else self.uncond.repeat(n))
+
+
+def texts(prompt: str | Sequence[str], what: str = "prompt") -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        InputError: none, or something that is no text.
+    """
+    listed = [prompt] if isinstance(prompt, str) else list(prompt)
+    wrong = [one for one in listed if not isinstance(one, str)]
+    if not listed or wrong:
+        raise InputError(f"{what}: give one text or several, not {type(wrong[0]).__name__ if wrong else 'none'}")
+    return listed
+
+
+def encode_prompts(
+    family: DiffusionFamily, prompt: str | Sequence[str], negative: str | Sequence[str] | None, *, guided: bool
+) -> Conditioning:
+    """Encode prompts, each half in a call of its own.
+
+    Args:
+        family: of the pipeline.
+        prompt: one or several.
+        negative: one for all prompts, or one for each; None: what the family takes for none.
+        guided: whether the unconditional half is wanted.
+
+    Raises:
+        InputError: prompts that are no texts, or unequal numbers of them.
+    """
+    prompts = texts(prompt)
+    with running(step=None, halves=("cond",)):
+        cond = family.encode(prompts)
+    if not guided:
+        return Conditioning(cond)
+    negatives = None if negative is None else texts(negative, "negative prompt")
+    if negatives is not None and len(negatives) == 1:
+        negatives = negatives * len(prompts)
+    if negatives is not None and len(negatives) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts with {len(negatives)} negative prompts: give one, or one for each")
+    with running(step=None, halves=("uncond",)):
+        return Conditioning(cond, family.unconditional(negatives, len(prompts)))
+
+
+def conditions(
+    family: DiffusionFamily,
+    context: Any,
+    rows: int,
+    *,
+    negative: str | Sequence[str] | None = None,
+    guided: bool = False,
+) -> Conditioning:
+    """What a run or a call is conditioned on, one row per latent.
+
+    Args:
+        family: of the pipeline.
+        context: encoded prompts, prompts, or token states [batch, pos, d] in families that take nothing else.
+        rows: how many latents there are; prompts are repeated to as many, copies side by side.
+        negative: negative prompts, where prompts are to be encoded.
+        guided: whether the unconditional half is wanted.
+
+    Raises:
+        InputError: numbers of prompts and latents that do not fit, an encoded prompt without the half that guidance
+            needs, or token states alone where the family takes more.
+    """
+    if isinstance(context, Tensor):
+        if family.name != "unet":
+            raise InputError(
+                f"the denoiser of the family {family.name!r} takes more than token states: use sd.prompt()"
+            )
+        context = Conditioning(Text(context.to(family.device)))
+    elif not isinstance(context, Conditioning):
+        context = encode_prompts(family, context, negative, guided=guided)
+    if guided and context.uncond is None:
+        raise InputError("guidance needs the unconditional half, which these encoded prompts lack: use sd.prompt()")
+    if rows % len(context):
+        raise InputError(f"{len(context)} prompts for {rows} images: give one prompt for all, or one for each")
+    halves = context if guided else Conditioning(context.cond)
+    return halves.repeat(rows // len(context))
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The denoiser under classifier-free guidance, for one run.
+
+    Args:
+        family: of the pipeline.
+        solver: gives each call its timestep.
+        text: one row per latent.
+        scale: of guidance; without the unconditional half it is not used.
+        condition: the scale that denoisers take as a condition.
+        calls: ``"batch"``: both halves in one doubled batch; ``"two"``: one after the other.
+        session: the taps and edits of the run.
+        last: the step whose remaining sites need not be computed; None: none.
+    """
+
+    family: DiffusionFamily
+    solver: Solver
+    text: Conditioning
+    scale: float
+    condition: float
+    calls: str
+    session: Session
+    last: int | None
+
+    def __call__(self, latents: Latents, step: int) -> Latents | None:
+        """The guided prediction at a step; None when the call was stopped.
+
+        Source: Classifier-Free Diffusion Guidance, equation 6, as diffusers weighs it.
+        """
+        cond, uncond = self.text.cond, self.text.uncond
+        if uncond is None:
+            return self._call(latents, step, cond, ("cond",))
+        if self.calls == "two":
+            without = self._call(latents, step, uncond, ("uncond",))
+            given = self._call(latents, step, cond, ("cond",))
+        else:
+            both = self._call(torch.cat([latents, latents]), step, uncond.followed_by(cond), ("uncond", "cond"))
+            without, given = (None, None) if both is None else both.chunk(2)
+        if without is None or given is None:
+            return None
+        return without + self.scale * (given - without)
+
+    def _call(self, latents: Latents, step: int, text: Text, halves: tuple[str, ...]) -> Latents | None:
+        def predict() -> Latents:
+            return self.family.predict(latents, self.solver.times[step], text, self.condition)
+
+        with running(step=step, halves=halves):
+            return until_captured(self.session, halves, predict) if step == self.last else predict()
+
+
+def until_captured(session: Session, halves: tuple[str, ...], predict: Callable[[], Latents]) -> Latents | None:
+    """Call the denoiser, but only as far as its last captured site.
+
+    Args:
+        session: the taps; those that this call cannot fill (text encoders, the other half of guidance) do not count.
+        halves: of guidance that the call's rows hold.
+        predict: calls it.
+
+    Returns:
+        The prediction where nothing is captured in this call, None where it was stopped.
+    """
+    taps = session.taps
+    wanted = [tap for tap in taps if tap.place.part == "denoiser" and tap.where.half in (None, *halves)]
+    session.taps, session.stop = wanted, bool(wanted)
+    try:
+        return predict()
+    except Stopped:
+        return None
+    finally:
+        session.taps, session.stop = taps, False
