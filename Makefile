@@ -11,15 +11,16 @@ WORKERS ?= 2
 .PHONY: help demo test zoo bench clean
 
 help:
-	@echo "make demo   install, then run cross-modal task vectors on the small model that ships (minutes)"
+	@echo "make demo   install, then run task vectors and hyperfeatures on the small models that ship (minutes)"
 	@echo "make test   lint, format check, types, tests"
-	@echo "make zoo    train the models that ship from nothing (up to 90 minutes on 2 cores)"
-	@echo "make bench  time captures beside nnsight and TransformerLens"
+	@echo "make zoo    train the models that ship from nothing (up to 2 hours on 2 cores)"
+	@echo "make bench  time captures and features beside nnsight and TransformerLens"
 	@echo "make clean  remove the virtual environment and caches (results in runs/ stay)"
 	@echo "PYTHON=...  which Python (3.11 or newer) makes the virtual environment; now: $(PYTHON)"
 
 demo: $(VENV)/.installed
 	$(BIN)/interp run task-vector-transfer
+	$(BIN)/interp run hyperfeature-correspondence --folds 1 --train-pairs 12 --test-pairs 12 --seeds 1 --steps 200
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -29,9 +30,11 @@ test: $(VENV)/.installed-dev
 
 zoo: $(VENV)/.installed
 	$(BIN)/python -m interp.zoo.train
+	$(BIN)/python -m interp.zoo.diffusion.train
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/capture_overhead.py
+	$(BIN)/python benchmarks/hyperfeatures.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

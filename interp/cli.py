@@ -15,7 +15,7 @@ from interp import __version__, tables
 from interp.errors import InputError, InterpError, UnknownNameError, nearest
 
 app = typer.Typer(
-    help="Read and write the activations of vision-language models.",
+    help="Read and write the activations of vision-language and diffusion models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -77,11 +77,16 @@ def _run(
 def _sites(
     model: Annotated[str, typer.Argument(help="zoo:NAME, a local folder, or a Hub id.")],
     pattern: Annotated[str, typer.Argument(help="Such as 'blocks.*.hook_resid_post'.")] = "",
+    diffusion: Annotated[bool, typer.Option("--diffusion", help="A Hub id of a diffusion pipeline.")] = False,
 ) -> None:
     """List the sites of a model, one a line."""
+    from interp import zoo
+    from interp.models.diffusion import Diffusion
     from interp.models.vlm import VLM
 
-    for site in VLM.from_pretrained(model).sites(pattern or None):
+    folder = zoo.path(model) if model.startswith(zoo.PREFIX) else Path(model)
+    wrapper: Any = Diffusion if diffusion or (folder / "model_index.json").is_file() else VLM
+    for site in wrapper.from_pretrained(model).sites(pattern or None):
         typer.echo(site)
 
 
@@ -102,7 +107,7 @@ def _zoo() -> None:
 def _version() -> None:
     """Tell the versions of what is installed."""
     rows = [("interp", __version__), ("python", platform.python_version())]
-    rows += [(name, importlib.metadata.version(name)) for name in ("torch", "transformers", "tokenizers")]
+    rows += [(name, importlib.metadata.version(name)) for name in ("torch", "transformers", "diffusers", "tokenizers")]
     tables.show(("package", "version"), rows)
 
 

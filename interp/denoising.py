@@ -51,11 +51,21 @@ class DenoiserClock:
         denoiser: a diffusers UNet or transformer.
         infer_halves: says which halves the rows of a call hold, given how many rows there are, where `running` does
             not say. None: they are all ``"cond"``.
+        uncond_follows: whether guided runs call the denoiser twice in a step, first for the conditional half. A
+            second call with the very same latents and timestep is then the unconditional one.
     """
 
-    def __init__(self, denoiser: nn.Module, infer_halves: Callable[[int], tuple[str, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        infer_halves: Callable[[int], tuple[str, ...]] | None = None,
+        *,
+        uncond_follows: bool = False,
+    ) -> None:
         self.denoiser = denoiser
         self.infer_halves = infer_halves or _only_cond
+        self.uncond_follows = uncond_follows
+        self._latents: ReferenceType | None = None
         self._names = list(inspect.signature(denoiser.forward).parameters)
         self._patch = int(getattr(getattr(denoiser, "config", None), "patch_size", None) or 1)
         self._owner: int | None = None
@@ -83,7 +93,8 @@ class DenoiserClock:
         """Put the hooks in place; returns what takes them away."""
         self._owner = threading.get_ident()
         return [
-            self.denoiser.register_forward_pre_hook(self._before, with_kwargs=True).remove,
+            # Before hooks of sessions around this one, which also serve this one's taps and edits of the same tensor.
+            self.denoiser.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True).remove,
             self.denoiser.register_forward_hook(self._after, always_call=True).remove,
         ]
 
@@ -97,7 +108,7 @@ class DenoiserClock:
             raise InputError(f"{type(module).__name__} was called without latents")
         time = given.get("timestep")
         told = _running.get()
-        halves = told[1] if told is not None else self.infer_halves(len(latents))
+        halves = told[1] if told is not None else self._inferred(latents, time)
         grid = self._grid(latents, given.get("img_ids"))
         step = told[0] if told is not None else None
         call = Call(time=time, halves=halves, grid=grid, memo=self._shared_memo((halves, grid)))
@@ -110,6 +121,15 @@ class DenoiserClock:
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == self._owner:
             self._inside, self._outside = None, Call()
+
+    def _inferred(self, latents: Tensor, time: Any) -> tuple[str, ...]:
+        """Which halves a call holds of which nothing is told."""
+        if not self.uncond_follows:
+            return self.infer_halves(len(latents))
+        repeated = self._latents is not None and self._latents() is latents and self._had == {"cond"}
+        self._latents = ref(latents)
+        same_time = repeated and Call(time=time).timestep == self._time
+        return ("uncond",) if same_time else self.infer_halves(len(latents))
 
     def _count(self, call: Call) -> None:
         time, new = call.timestep, set(call.halves)

@@ -198,7 +198,7 @@ class MeanAblate(Edit):
 
     Args:
         mean: a mean taken over a data set, with the shapes of `Replace`. None: the mean over the selected
-            entries of this very call, padding left out.
+            entries of this very call, padding left out, of each half of guidance by itself.
     """
 
     mean: Tensor | None = None
@@ -216,11 +216,19 @@ class MeanAblate(Edit):
         if self.mean is not None:
             pairs = zip(xs, groups, strict=True)
             return [aligned(self, self.mean, x, group, place).expand_as(x) for x, group in pairs]
-        real = torch.cat([x[group.real] for x, group in zip(xs, groups, strict=True)])
-        if not len(real):
-            raise InputError(f"{self!r} selects padding only, which has no mean")
-        mean = real.to(precise(real)).mean(dim=0)
-        return [mean.to(x.dtype).expand_as(x) for x in xs]
+        # Halves in one doubled batch or in two calls give the same.
+        halves = [torch.zeros_like(group.rows) if group.halves is None else group.halves for group in groups]
+        new = [torch.empty_like(x) for x in xs]
+        for half in torch.cat(halves).unique():
+            rows = [one == half for one in halves]
+            parts = zip(xs, groups, rows, strict=True)
+            real = torch.cat([x[mine][group.real[mine]] for x, group, mine in parts])
+            if not len(real):
+                raise InputError(f"{self!r} selects padding only, which has no mean")
+            mean = real.to(precise(real)).mean(dim=0)
+            for one, mine in zip(new, rows, strict=True):
+                one[mine] = mean.to(one.dtype)
+        return new
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -78,6 +78,7 @@ class Group:
         whole: whether the group is the whole tensor, in order.
         complete: whether the call holds all selected positions of all prompts, or decoded tokens alone.
         grid: height and width, where the positions are all cells of a feature map.
+        halves: which half of guidance each row belongs to; None where rows have none.
     """
 
     rows: Int[Tensor, " row"]
@@ -90,6 +91,7 @@ class Group:
     whole: bool = False
     complete: bool = True
     grid: tuple[int, int] | None = None
+    halves: Int[Tensor, " row"] | None = None
 
     @property
     def index(self) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row n"]]:
@@ -165,7 +167,8 @@ def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool, grid:
         everything = _everything(x, layouts, offset, prompt_length)
         if halves is not None:
             # The rows of one half lie together, so that those of one example do not.
-            everything = replace(everything, examples=torch.arange(batch, device=x.device) % n_prompts)
+            each = torch.arange(batch, device=x.device)
+            everything = replace(everything, examples=each % n_prompts, halves=each // n_prompts)
         return [replace(everything, grid=grid)]
     ordinals = _ordinals(at, layouts, prompt_length, chosen) if offset < prompt_length else None
     later = [index for index in window[max(0, prompt_length - offset) :] if _wanted(where, index - prompt_length, tap)]
@@ -196,7 +199,11 @@ def _resolve(where: Where, place: Place, x: Tensor, call: Call, tap: bool, grid:
             entries += [_Entry(row, prompt, example, here) for row in rows_of(prompt)]
     starts = [layout.start - offset for layout in layouts]
     found = [_group(e, n_positions, len(chosen), starts, x.device) for (_, n_positions), e in by_size.items()]
-    return [replace(group, complete=n_held in (0, n_selected), grid=grid) for group in found]
+    complete = n_held in (0, n_selected)
+    return [
+        replace(group, complete=complete, grid=grid, halves=None if halves is None else group.rows // n_prompts)
+        for group in found
+    ]
 
 
 def _n_halves(place: Place, call: Call, batch: int) -> int:

@@ -66,6 +66,19 @@ def test_halves_in_one_call_and_in_two() -> None:
     assert steps([9.0, 9.0, 5.0, 5.0, 5.0, 5.0], lambda batch: next(turns)) == [0, 0, 1, 1, 2, 2]
 
 
+def test_the_unconditional_half_follows_with_the_same_latents() -> None:
+    denoiser = Denoiser()
+    clock = denoiser.clock = DenoiserClock(denoiser, uncond_follows=True)
+    undo = clock.start()
+    first, second = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
+    for latents, time in ((first, 9.0), (first, 9.0), (second, 5.0), (second, 5.0), (first, 9.0), (second, 9.0)):
+        denoiser(latents, time)
+    seen = [(call.step, call.halves[0]) for call in denoiser.calls]
+    assert seen == [(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond"), (0, "cond"), (0, "cond")]
+    for one in undo:
+        one()
+
+
 def test_what_is_told_comes_first() -> None:
     denoiser = Denoiser()
     clock = denoiser.clock = DenoiserClock(denoiser, lambda batch: ("cond",))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -121,6 +122,19 @@ def autoencoder(seed: int, *, channels: int = 4, **options: Any) -> AutoencoderK
         norm_num_groups=8,
         sample_size=PIXELS,
         **options,
+    )
+    return redraw(model, seed)  # type: ignore[return-value]
+
+
+@cache
+def tiny_autoencoder(seed: int = 50) -> AutoencoderTiny:
+    """Latents of a quarter of the image's side; levels of no, one and two blocks, each of its own width."""
+    model = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(12, 12, 12),
+        num_encoder_blocks=(0, 1, 2),
+        num_decoder_blocks=(2, 1, 1),
+        latent_channels=4,
     )
     return redraw(model, seed)  # type: ignore[return-value]
 

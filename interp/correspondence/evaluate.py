@@ -110,7 +110,7 @@ class _Lines:
     def __init__(self, path: Path | None, pairs: Sequence[Pair], settings: dict[str, Any]) -> None:
         self.path = path
         self.results: dict[int, PairResult] = {}
-        header = {"settings": settings, "pairs": len(pairs), "fingerprint": _fingerprint(pairs)}
+        header = {"settings": settings, "pairs": len(pairs), "fingerprint": fingerprint(pairs)}
         if path is None:
             return
         lines = self._complete_lines(path)
@@ -155,7 +155,8 @@ class _Lines:
             raise InputError(f"{str(path)!r} is no file of results: {error}. Give another file.") from error
 
 
-def _fingerprint(pairs: Sequence[Pair]) -> str:
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """What tells a list of pairs from any other: images, categories, all coordinates, and their order."""
     return hashlib.sha256(json.dumps([pair.key for pair in pairs]).encode()).hexdigest()
 
 

@@ -237,18 +237,20 @@ class _Scored:
         if not 0 < confidence < 1:
             raise InputError(f"confidence must be between 0 and 1, not {confidence}.")
         generator = np.random.default_rng(seed)
-        drawn = np.mean([_resampled_shares(part, n_resamples, generator) for part in parts], axis=0)
+        n_seeds = len(self.correct)
+        # One draw for all categories: a seed's luck is the same network's in each of them.
+        seeds = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_resamples) / n_seeds
+        drawn = np.mean([_resampled_shares(part, seeds, generator) for part in parts], axis=0)
         low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
         return Interval(mean, float(low), float(high))
 
 
 def _resampled_shares(
-    scored: _Scored, n_resamples: int, generator: np.random.Generator
+    scored: _Scored, seeds: Float[np.ndarray, "resample seed"], generator: np.random.Generator
 ) -> Float[np.ndarray, " resample"]:
     # A share over points is a ratio of two sums over the drawn pairs, not a mean over pairs.
-    n_seeds, n_pairs = scored.correct.shape
-    seeds = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_resamples) / n_seeds
-    pairs = generator.multinomial(n_pairs, np.full(n_pairs, 1 / n_pairs), size=n_resamples)
+    n_pairs = scored.correct.shape[1]
+    pairs = generator.multinomial(n_pairs, np.full(n_pairs, 1 / n_pairs), size=len(seeds))
     hits = np.einsum("rs,sp,rp->r", seeds, scored.correct, pairs, optimize=True)
     return hits / (pairs @ scored.counts)
 

@@ -72,7 +72,7 @@ class Checkpoint:
         _same("site", self.spec.sites, asked.sites)
         by_site = dict(zip(asked.sites, sd.channels(list(asked.sites)), strict=True))
         _same("number of channels", self.net.channels, by_site.values(), [f" of {site}" for site in by_site])
-        if len(asked.saved or asked.timesteps) != self.net.n_steps:
+        if asked.n_steps != self.net.n_steps:
             raise InputError(f"the checkpoint mixes {self.net.n_steps} steps, not {asked.n_steps}")
         if transfer:
             return

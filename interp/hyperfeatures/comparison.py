@@ -1,8 +1,9 @@
 """The comparison of the paper: aggregated hyperfeatures beside single cells, concatenation, one step, DIFT, pixels."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor
 from interp.correspondence import Evaluation, compare, pck_interval
 from interp.correspondence.pck import BASES
 from interp.correspondence.points import Size
+from interp.errors import InputError
 from interp.hyperfeatures import presets
 from interp.hyperfeatures.baselines import concatenate
 from interp.hyperfeatures.images import prepare
@@ -32,6 +34,7 @@ from interp.hyperfeatures.study import (
 )
 from interp.hyperfeatures.training import Training
 from interp.models.diffusion import Diffusion
+from interp.progress import track
 
 AGGREGATED = "aggregated hyperfeatures"
 ONE_STEP = "aggregated, one step"
@@ -42,6 +45,7 @@ CONCATENATED_STEP = "all layers concatenated, best timestep"
 DIFT = "DIFT, best block"
 DIFT_PRESET = "DIFT, block 1"
 PIXELS = "pixels (9 × 9 patches)"
+BATCH = 32  # images inverted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,8 @@ class Comparison:
         cells: one for each single (step, layer).
         chosen: what was chosen on validation pairs, by fold and method.
         fitted: the networks of the main method.
-        reconstruction: mean squared error of the images that generation from their inverted latents gave, 0 to 1.
+        reconstruction: mean squared error of the images that generation from their inverted latents gave, against what
+            the autoencoder alone makes of them, in 0 to 1.
     """
 
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
@@ -77,7 +82,10 @@ class Comparison:
 
         Returns:
             One row for each method and base: method, base, pck, low, high, n_seeds, n_pairs, n_points, gain, gain_low,
-            gain_high. Intervals are over pairs, and over training seeds where there are several.
+            gain_high. Intervals are over pairs, and over training seeds where there are several; missing (NaN) where
+            there is one pair only.
+
+        Source: Diffusion Hyperfeatures, table of PCK on SPair-71k.
         """
         rows = []
         for method, runs in self.evaluations.items():
@@ -108,7 +116,11 @@ class Comparison:
         return pd.concat(parts, ignore_index=True)
 
     def cell_map(self, base: str = "bbox") -> Float[np.ndarray, "step layer"]:
-        """PCK@0.1 of every single cell."""
+        """PCK@0.1 of every single cell, by step (clean first) and layer.
+
+        Args:
+            base: ``"img"`` or ``"bbox"``.
+        """
         n_steps, n_layers = (max(cell[axis] for cell in self.cells) + 1 for axis in (0, 1))
         values = np.zeros((n_steps, n_layers))
         for cell, evaluation in self.cells.items():
@@ -116,7 +128,10 @@ class Comparison:
         return values
 
     def mixing(self) -> pd.DataFrame:
-        """Mixing weights, the mean over folds and seeds: a row for each timestep, a column for each layer."""
+        """Mixing weights, the mean over folds and seeds: a row for each timestep, a column for each layer.
+
+        Source: Diffusion Hyperfeatures, section 3.2.
+        """
         tables = [one.net.mixing_table() for one in self.fitted]
         return sum(tables[1:], start=tables[0]) / len(tables)
 
@@ -136,7 +151,7 @@ def compare_methods(
 
     Args:
         sd: the model.
-        splits: the folds; their test pairs are pooled.
+        splits: the folds, of one set of images; their test pairs are pooled.
         spec: the stack of the main method.
         recipe: of the training.
         seeds: of the trainings.
@@ -146,11 +161,22 @@ def compare_methods(
 
     Returns:
         The predictions of all methods.
+
+    Raises:
+        InputError: no split or seed, fewer than two blocks in the decoder, a point outside its image, or a folder of
+            trainings with other settings.
+        UnknownNameError: the model lacks a site.
+
+    Source: Diffusion Hyperfeatures, section 4.
     """
+    if not splits or not seeds:
+        raise InputError(f"{len(splits)} splits and {len(seeds)} seeds: expected at least one of each")
     first = splits[0]
     stacks = Stacks(sd, spec, first.images, hold=hold)
     single_step = Stacks(sd, _one_step(sd, spec), first.images, hold=hold)
     blocks = [site for site in sd.sites("up.*.hook_out") if site.count(".") == 2]
+    if len(blocks) < 2:
+        raise InputError(f"DIFT takes the second block of the decoder; this model has {len(blocks)}: {blocks}")
     dift = {
         site: Stacks(sd, presets.dift(sd, block=index, **_images_of(spec)), first.images, hold=hold)
         for index, site in enumerate(blocks)
@@ -167,14 +193,15 @@ def compare_methods(
     generation = Generation(sd, spec, first, hold)
     for fold, split in enumerate(splits):
         found: dict[str, list[Evaluation]] = {AGGREGATED: [], TRANSFER: [], ONE_STEP: []}
+        generated = generation.stacks(split)
         for seed in seeds:
             home = None if folder is None else folder / f"fold-{fold}-seed-{seed}"
-            net, training = fit(stacks, split, recipe, seed, folder=home)
+            net, training = fit(stacks, split, recipe, seed, size=size, folder=home)
             result.fitted.append(Fitted(fold, seed, net, training))
             found[AGGREGATED].append(score(aggregated(net, stacks), split, split.test, size))
-            found[TRANSFER].append(score(aggregated(net, generation.stacks(split)), split, split.test, size))
+            found[TRANSFER].append(score(aggregated(net, generated), split, split.test, size))
             home = None if folder is None else folder / f"one-step-fold-{fold}-seed-{seed}"
-            lone, _ = fit(single_step, split, recipe, seed, folder=home)
+            lone, _ = fit(single_step, split, recipe, seed, size=size, folder=home)
             found[ONE_STEP].append(score(aggregated(lone, single_step), split, split.test, size))
         untrained, cells_here, chosen = _untrained(stacks, dift, split, size)
         by_fold.append(found | untrained)
@@ -207,7 +234,7 @@ def _untrained(
     evaluations = {
         SINGLE: every[cell],
         CONCATENATED: score(lambda key: concatenate(stacks[key][None])[0], split, split.test, size),
-        CONCATENATED_STEP: score(lambda key: joined(key)[step], split, split.test, size),
+        CONCATENATED_STEP: score(lambda key: concatenate(stacks[key][None], [step])[0], split, split.test, size),
         DIFT: score(at_blocks[block], split, split.test, size),
         DIFT_PRESET: score(at_blocks[list(at_blocks)[1]], split, split.test, size),
         PIXELS: score(patches(split.images, size=size), split, split.test, size),
@@ -227,7 +254,13 @@ class Generation:
         sd: the model.
         spec: the stack of the inversion.
         split: knows the images.
-        hold: how many stacks are held.
+        hold: how many stacks are held, and images inverted at a time; None: all, and 32.
+
+    Attributes:
+        error: mean squared error of the images that came back, against what the autoencoder alone makes of the
+            originals, in 0 to 1; None before the first.
+
+    Source: Diffusion Hyperfeatures, section 4.3 (transfer to generation).
     """
 
     def __init__(self, sd: Diffusion, spec: FeatureSpec, split: Split, hold: int | None) -> None:
@@ -240,37 +273,41 @@ class Generation:
         """Stacks of the images of a split's test pairs, from generation."""
         keys = dict.fromkeys(key for pair in split.test for key in (pair.source, pair.target))
         missing = [key for key in keys if key not in self._noises]
-        for k in range(0, len(missing), 32):
-            self._invert(missing[k : k + 32], split)
+        batch = min(BATCH, self.hold or BATCH)
+        for k in track(range(0, len(missing), batch), "inverting test images", -(-len(missing) // batch)):
+            self._invert(missing[k : k + batch], split)
         indices = [self.spec.steps - 1 - call for call in self.spec.saved]
         saved = calls(indices, self.spec.steps, GENERATION)
-        # The timesteps are those of the other process, 20 steps noisier for each mixing weight.
-        spec = FeatureSpec(
-            self.spec.sites,
-            mode=GENERATION,
-            steps=self.spec.steps,
-            saved=saved,
-            convention=self.spec.convention,
-            output_size=self.spec.output_size,
-        )
-        return Stacks(self.sd, spec, self._noises, hold=self.hold)
+        # The timesteps are those of the other process: noisier, by a step of it, for each mixing weight.
+        seen = presets.timesteps_of(self.sd, GENERATION, self.spec.convention, self.spec.steps, saved)
+        spec = replace(self.spec, mode=GENERATION, saved=saved, timesteps=seen, load_size=None, image_size=None)
+        found = Stacks(self.sd, spec, self._noises, hold=self.hold)
+        found.prepare(split.test, "features of generation")
+        return found
 
     def _invert(self, keys: Sequence[Hashable], split: Split) -> None:
         pixels = prepare(gathered(split.images, keys), self.spec.load_size, self.spec.image_size)
         latents = self.sd.encode(pixels, vae=self.spec.vae, seed=self.spec.seed)
         found = self.sd.invert(
-            latents, self.spec.prompt, steps=self.spec.steps, convention=self.spec.convention, progress=False
+            latents,
+            self.spec.prompt,
+            steps=self.spec.steps,
+            convention=self.spec.convention,
+            keep_latents=False,
+            progress=False,
         )
-        noises = found.latents[-1]
+        noises = found.final
         again = self.sd.generate(
             [self.spec.prompt] * len(keys),
             latents=noises,
             steps=self.spec.steps,
             guidance_scale=1.0,
             convention=self.spec.convention,
+            decode=False,
+            keep_latents=False,
             progress=False,
         )
-        there = self.sd.decode(again.latents[-1])
+        there = self.sd.decode(again.clean)
         here = self.sd.decode(latents)
         self._errors += (there - here).square().mean(dim=(1, 2, 3)).tolist()
         self.error = float(np.mean(self._errors))
@@ -281,9 +318,12 @@ def _pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(tuple(result for evaluation in evaluations for result in evaluation.results))
 
 
-def _images_of(spec: FeatureSpec) -> dict[str, object]:
-    return {"load_size": spec.load_size, "image_size": spec.image_size, "vae": spec.vae, "seed": spec.seed}
+def _images_of(spec: FeatureSpec) -> dict[str, Any]:
+    """What all methods see alike."""
+    names = ("load_size", "image_size", "vae", "seed", "prompt")
+    return {name: getattr(spec, name) for name in names}
 
 
 def _one_step(sd: Diffusion, spec: FeatureSpec) -> FeatureSpec:
-    return presets.one_step(sd, sites=spec.sites, output_size=spec.output_size, **_images_of(spec))
+    same = {"output_size": spec.output_size, "convention": spec.convention}
+    return presets.one_step(sd, sites=spec.sites, **same, **_images_of(spec))

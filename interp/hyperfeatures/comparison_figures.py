@@ -5,22 +5,25 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from interp import figures
 from interp.correspondence import carried_colours, colour_map, dense_matches, pck_interval, warp
 from interp.correspondence.pck import BASES
+from interp.correspondence.points import Box, Size
 from interp.hyperfeatures.comparison import AGGREGATED, PIXELS, SINGLE, Comparison
 from interp.hyperfeatures.features import extract, stream
 from interp.hyperfeatures.network import Accumulator, AggregationNetwork
 from interp.hyperfeatures.presets import generated
 from interp.hyperfeatures.spec import FeatureSpec
 from interp.hyperfeatures.study import Split
-from interp.images import load_image
+from interp.images import ImageLike, load_image
 from interp.models.diffusion import Diffusion
 
 SHOWN = 4  # pairs in the figure of matched points
+FINEST = 128  # pixels of the longer side at which every pixel is matched: time grows with the fourth power
 
 
 def draw_all(
@@ -41,9 +44,14 @@ def draw_all(
 
     Returns:
         Figures by name.
+
+    Raises:
+        InputError: an image that cannot be read; also as `interp.hyperfeatures.extract`.
+
+    Source: Diffusion Hyperfeatures, figures of mixing weights, matched points and dense warps.
     """
     drawn = {
-        "pck": pck(found),
+        "pck-bars": pck(found),
         "single-cells": cells(found, spec),
         "mixing-weights": mixing(found, spec),
         "matched-points": matched(found, splits),
@@ -59,18 +67,18 @@ def pck(found: Comparison) -> Figure:
     scores = {
         method: {base: pck_interval(runs, base=base) for base in BASES} for method, runs in found.evaluations.items()
     }
-    return figures.pck_bars(scores, highlight=AGGREGATED).figure
+    return _figure(figures.pck_bars(scores, highlight=AGGREGATED))
 
 
 def cells(found: Comparison, spec: FeatureSpec) -> Figure:
     """PCK@0.1 of every single layer and timestep."""
-    return figures.layer_timestep_map(found.cell_map(), spec.timesteps, label="PCK@0.1 bbox").figure
+    return _figure(figures.layer_timestep_map(found.cell_map(), spec.timesteps, label="PCK@0.1 bbox"))
 
 
 def mixing(found: Comparison, spec: FeatureSpec) -> Figure:
     """The learned mixing weights."""
     weights = found.mixing().to_numpy()
-    return figures.layer_timestep_map(weights, spec.timesteps, label="mixing weight").figure
+    return _figure(figures.layer_timestep_map(weights, spec.timesteps, label="mixing weight"))
 
 
 def matched(found: Comparison, splits: Sequence[Split]) -> Figure:
@@ -106,10 +114,7 @@ def dense(sd: Diffusion, split: Split, spec: FeatureSpec, net: AggregationNetwor
     images = [_tensor(split.images[key]) for key in (pair.source, pair.target)]
     with torch.no_grad():
         source, target = (extract(sd, image[None] * 2 - 1, net, spec)[0] for image in images)
-    top, left, bottom, right = (round(side) for side in pair.target_box)
-    inside = torch.zeros(images[1].shape[1:], dtype=torch.bool)
-    inside[top:bottom, left:right] = True
-    return _panel(images[0], images[1], source, target, inside)
+    return _panel(images[0], images[1], source, target, pair.target_box)
 
 
 def dense_generated(
@@ -123,6 +128,8 @@ def dense_generated(
         spec: that the network was trained on, by inversion.
         net: the network.
         seed: of the images.
+
+    Source: Diffusion Hyperfeatures, section 4.3 (transfer to generated images).
     """
     indices = tuple(spec.steps - 1 - call for call in spec.saved)
     made = generated(
@@ -135,19 +142,39 @@ def dense_generated(
     return _panel(images[0], images[1], source, target, None)
 
 
-def _panel(source: Tensor, target: Tensor, source_map: Tensor, target_map: Tensor, inside: Tensor | None) -> Figure:
-    sizes = [(int(image.shape[1]), int(image.shape[2])) for image in (source, target)]
+def _panel(source: Tensor, target: Tensor, source_map: Tensor, target_map: Tensor, box: Box | None) -> Figure:
+    sizes = [_within(image, FINEST) for image in (source, target)]
     matches = dense_matches(source_map, target_map, sizes[0], target_size=sizes[1])
-    return figures.warp_panel(
+    inside = None
+    if box is not None:
+        ratio = [new / old for new, old in zip(sizes[1], target.shape[1:], strict=True)]
+        top, left, bottom, right = (round(side * ratio[place % 2]) for place, side in enumerate(box))
+        inside = torch.zeros(sizes[1], dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+    panel = figures.warp_panel(
         source,
         target,
         warp(source, matches, mask=inside),
         colour_map(sizes[0]),
         carried_colours(matches, mask=inside),
-    ).figure
+    )
+    return _figure(panel)
 
 
-def _tensor(image: object) -> Tensor:
+def _within(image: Tensor, longest: int) -> Size:
+    """The (height, width) of an image, scaled down so that neither is longer than this."""
+    height, width = int(image.shape[1]), int(image.shape[2])
+    ratio = min(1.0, longest / max(height, width))
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _tensor(image: Tensor | ImageLike) -> Tensor:
     if isinstance(image, Tensor):
         return image
     pixels = torch.from_numpy(np.asarray(load_image(image), dtype=np.float32) / 255)

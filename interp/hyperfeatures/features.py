@@ -153,8 +153,11 @@ def extract(
 def check_fit(sd: Diffusion, net: AggregationNetwork, spec: FeatureSpec) -> None:
     """Refuse a spec whose stack the network cannot take.
 
+    Timesteps and processes may differ, so that a network trained on maps of inversion can take those of generation.
+
     Raises:
-        InputError: naming the first difference.
+        InputError: naming the first difference: the number of steps or layers, channels, or a site.
+        UnknownNameError: the model lacks a site.
     """
     if spec.n_steps != net.n_steps:
         raise InputError(f"this network mixes {net.n_steps} steps, the spec has {spec.n_steps}: {spec.timesteps}")
@@ -165,6 +168,9 @@ def check_fit(sd: Diffusion, net: AggregationNetwork, spec: FeatureSpec) -> None
             raise InputError(
                 f"{net.layer_name(layer)} of the network has {net.channels[layer]} channels, but {site} has {channels}"
             )
+        # Other sites of as many channels fit by shape, and would be mixed with weights that are not theirs.
+        if net.sites is not None and net.sites[layer] != site:
+            raise InputError(f"layer {layer} of the network is {net.sites[layer]}, but the spec has {site} there")
 
 
 def _generate(sd: Diffusion, source: Any, spec: FeatureSpec, consume: Consumer, progress: bool) -> Tensor:

@@ -2,7 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.correspondence import Evaluation, Pair, PairResult, match, pck_interval, rescale
+from interp.correspondence.evaluate import fingerprint
 from interp.correspondence.points import Size
 from interp.errors import InputError
 from interp.hyperfeatures.baselines import single
@@ -37,6 +39,9 @@ class Split:
         images: by the names that the pairs use: tensors 0 to 1, or files.
         train, validation, test: the pairs.
         held_out: categories of the test pairs that no training or validation pair has.
+
+    Raises:
+        InputError: a pair's image is missing, or a training or validation pair is of a held-out category.
     """
 
     images: Mapping[Hashable, Float[Tensor, "3 height width"] | Path]
@@ -44,9 +49,9 @@ class Split:
     validation: tuple[Pair, ...]
     test: tuple[Pair, ...]
     held_out: tuple[str, ...] = ()
+    _sizes: dict[Hashable, Size] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a split whose images are missing or whose held-out categories are not."""
         for pair in (*self.train, *self.validation, *self.test):
             for key in (pair.source, pair.target):
                 if key not in self.images:
@@ -56,12 +61,19 @@ class Split:
                 raise InputError(f"{pair} is of a held-out category")
 
     def size(self, key: Hashable) -> Size:
-        """(height, width) of an image."""
-        image = self.images[key]
-        if isinstance(image, Tensor):
-            return int(image.shape[-2]), int(image.shape[-1])
-        opened = load_image(image)
-        return opened.height, opened.width
+        """(height, width) of an image; a file is read once.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        if key not in self._sizes:
+            image = self.images[key]
+            if isinstance(image, Tensor):
+                self._sizes[key] = int(image.shape[-2]), int(image.shape[-1])
+            else:
+                opened = load_image(image)
+                self._sizes[key] = opened.height, opened.width
+        return self._sizes[key]
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class Recipe:
         lr: learning rate.
         validate_every: steps between two validations.
         patience: validations without a new best before the training stops.
+
+    Source: Diffusion Hyperfeatures, section 4.1 and official configuration (the defaults).
     """
 
     dim: int = 384
@@ -94,6 +108,9 @@ class Stacks:
         images: by name; tensors 0 to 1, or files. For generation: the noise to start from.
         hold: how many stacks are held at a time; None: all.
         batch: images a run.
+
+    Raises:
+        UnknownNameError: the model lacks a site.
     """
 
     def __init__(
@@ -131,8 +148,10 @@ class Stacks:
             given: Any = torch.stack([torch.as_tensor(self.images[key]) for key in keys])
         else:
             given = gathered(self.images, keys)
-        found = stack(self.sd, given, self.spec, dtype=torch.float16)
-        self._held.update(zip(keys, found.unbind(0), strict=True))
+        found = stack(self.sd, given, self.spec, dtype=torch.float16, progress=False)
+        # A view would keep the stacks of its whole batch in memory after these are dropped.
+        own = found.unbind(0) if self.hold is None or len(keys) == 1 else [one.clone() for one in found]
+        self._held.update(zip(keys, own, strict=True))
         while self.hold is not None and len(self._held) > self.hold:
             self._held.popitem(last=False)
 
@@ -156,6 +175,11 @@ def score(describe: Describe, split: Split, pairs: Sequence[Pair], size: Size | 
 
     Returns:
         The predictions, to be scored or compared.
+
+    Raises:
+        InputError: a point outside its image; also as `interp.correspondence.match`.
+
+    Source: Diffusion Hyperfeatures, official evaluation.
     """
     return score_many(lambda key: {"": describe(key)}, split, pairs, size)[""]
 
@@ -176,6 +200,9 @@ def score_many(
 
     Returns:
         One evaluation for each method.
+
+    Raises:
+        InputError: as `score`.
     """
     results: dict[Any, list[PairResult]] = {}
     with progress(len(pairs), description) as bar:
@@ -208,7 +235,14 @@ def best(evaluations: Mapping[Any, Evaluation], base: str = "bbox") -> Any:
 
 
 def fit(
-    stacks: Stacks, split: Split, recipe: Recipe, seed: int, *, base: str = "bbox", folder: str | Path | None = None
+    stacks: Stacks,
+    split: Split,
+    recipe: Recipe,
+    seed: int,
+    *,
+    base: str = "bbox",
+    size: Size | None = None,
+    folder: str | Path | None = None,
 ) -> tuple[AggregationNetwork, Training]:
     """Train an aggregation network on the training pairs, stopped by the PCK@0.1 of the validation pairs.
 
@@ -218,10 +252,17 @@ def fit(
         recipe: how.
         seed: of the weights and of the order of the pairs.
         base: of the validation PCK.
+        size: (height, width) to match at in validation; None: the images' own sizes.
         folder: keeps the state, and goes on from the state found there.
 
     Returns:
         The network with its best weights, and how the training went.
+
+    Raises:
+        InputError: a point outside its image, or a folder of a training on another model, features or pairs; also as
+            `interp.hyperfeatures.train`.
+
+    Source: Diffusion Hyperfeatures, section 4.1.
     """
     spec = stacks.spec
     net = AggregationNetwork(
@@ -237,6 +278,7 @@ def fit(
 
     def source(index: int) -> TrainingPair:
         pair = split.train[index]
+        pair.check(split.size(pair.source), split.size(pair.target))
         first, second = stacks[pair.source], stacks[pair.target]
         points = [
             scale_points(points.float(), split.size(key), (int(features.shape[-2]), int(features.shape[-1])))
@@ -248,9 +290,12 @@ def fit(
         return TrainingPair(first, second, *points)
 
     def validate(net: AggregationNetwork) -> float:
-        found = score(aggregated(net, stacks), split, split.validation)
+        found = score(aggregated(net, stacks), split, split.validation, size)
         return pck_interval(found, base=base, n_resamples=1).mean
 
+    settings = {"model": stacks.sd.name, "base": base, "size": size}
+    settings |= {"training pairs": fingerprint(split.train), "validation pairs": fingerprint(split.validation)}
+    settings |= {f"features, {name}": value for name, value in spec.to_json().items()}
     trained = train(
         net,
         source,
@@ -262,19 +307,18 @@ def fit(
         patience=recipe.patience,
         seed=seed,
         folder=folder,
+        settings=settings,
     )
     return net, trained
 
 
 def aggregated(net: AggregationNetwork, stacks: Stacks) -> Describe:
-    """Descriptors by a network, remembered for the images of one evaluation."""
-    known: dict[Hashable, Tensor] = {}
+    """Descriptors by a network, remembered for the images of one evaluation: as many as stacks are held."""
 
+    @lru_cache(maxsize=stacks.hold)
     def describe(key: Hashable) -> Tensor:
-        if key not in known:
-            with torch.no_grad():
-                known[key] = net(stacks[key][None].to(net.mixing_weights.device))[0]
-        return known[key]
+        with torch.no_grad():
+            return net(stacks[key][None].to(net.mixing_weights.device))[0]
 
     return describe
 

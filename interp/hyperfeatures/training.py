@@ -1,7 +1,7 @@
 """Train an aggregation network on pairs of images with corresponding keypoints."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +92,7 @@ def train(
     seed: int = 0,
     folder: str | Path | None = None,
     save_every: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Training:
     """Train a network in place; at the end it has the weights of the best validation score.
 
@@ -115,6 +116,8 @@ def train(
         seed: of the order of the pairs.
         folder: keeps the state of the training, and a training found there goes on; None: nothing is kept.
         save_every: steps between two savings; by default ``validate_every``.
+        settings: what makes the features and scores what they are (model, spec, pairs, ...), in what JSON can say; kept
+            in the folder and compared when its training goes on.
 
     Returns:
         The history, and how the training ended.
@@ -127,11 +130,11 @@ def train(
     """
     _check(n_pairs, steps, batch, validate_every, patience, save_every, validate is not None)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    settings: dict[str, Any] = {"n_pairs": n_pairs, "batch": batch, "lr": lr, "weight_decay": weight_decay}
-    settings |= {"seed": seed, "validate_every": validate_every, "channels": list(net.channels), "n_steps": net.n_steps}
-    settings |= {"dim": net.dim, "width": net.width, "n_groups": net.n_groups}
+    asked: dict[str, Any] = {"n_pairs": n_pairs, "batch": batch, "lr": lr, "weight_decay": weight_decay}
+    asked |= {"seed": seed, "validate_every": validate_every, "channels": list(net.channels), "n_steps": net.n_steps}
+    asked |= {"dim": net.dim, "width": net.width, "n_groups": net.n_groups, **(settings or {})}
     home = None if folder is None else Path(folder)
-    state = (training_files.load(home, settings, net, optimizer) if home else None) or Progress()
+    state = (training_files.load(home, asked, net, optimizer) if home else None) or Progress()
     every = validate_every if save_every is None else save_every
 
     def out_of_patience() -> bool:
@@ -150,7 +153,7 @@ def train(
             bar.set_postfix({"loss": f"{loss:.3f}", "best": state.best_score}, refresh=False)
             bar.update(1)
             if home and (state.step % every == 0 or state.step == steps or out_of_patience()):
-                training_files.save(home, settings, net, optimizer, state)
+                training_files.save(home, asked, net, optimizer, state)
     if state.best:
         net.load_state_dict(state.best)
     history = pd.DataFrame(state.history, columns=["step", "loss", "score"]).astype({"score": float})

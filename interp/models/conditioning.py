@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.denoising import running
-from interp.errors import InputError
+from interp.errors import InputError, ShapeError
 from interp.hooks import Session, Stopped
 from interp.models.families.diffusion import DiffusionFamily, Text
 from interp.solvers import Solver
@@ -71,7 +71,7 @@ def encode_prompts(
     if negatives is not None and len(negatives) != len(prompts):
         raise InputError(f"{len(prompts)} prompts with {len(negatives)} negative prompts: give one, or one for each")
     with running(step=None, halves=("uncond",)):
-        return Conditioning(cond, family.unconditional(negatives, len(prompts)))
+        return Conditioning(cond, family.unconditional(negatives, cond))
 
 
 def conditions(
@@ -94,12 +94,17 @@ def conditions(
     Raises:
         InputError: numbers of prompts and latents that do not fit, an encoded prompt without the half that guidance
             needs, or token states alone where the family takes more.
+        ShapeError: token states of another width.
     """
     if isinstance(context, Tensor):
         if family.name != "unet":
             raise InputError(
                 f"the denoiser of the family {family.name!r} takes more than token states: use sd.prompt()"
             )
+        config = family.denoiser.config
+        width = getattr(config, "encoder_hid_dim", None) or config.cross_attention_dim
+        if context.ndim != 3 or (isinstance(width, int) and context.shape[-1] != width):
+            raise ShapeError(f"token states of shape {tuple(context.shape)}: this denoiser takes [batch, pos, {width}]")
         context = Conditioning(Text(context.to(family.device)))
     elif not isinstance(context, Conditioning):
         context = encode_prompts(family, context, negative, guided=guided)

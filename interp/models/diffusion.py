@@ -157,7 +157,7 @@ class Diffusion(DiffusionModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Trajectory:
-        """Generate images from prompts. With the defaults, what ``pipeline(prompt)`` gives from the same seed.
+        """Generate images from prompts: with the same settings and seed, what ``pipeline(prompt, ...)`` gives.
 
         Args:
             prompt: one or several, or what `prompt` encoded.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -208,7 +209,7 @@ class DiffusionModel:
         taps = [Tap(place, where, dtype, device, grad) for place in self.expanded(sites)]
         for tap in taps:
             where.check(tap.place)
-        time = torch.as_tensor(timestep, device=self.device)
+        time = self._timestep(timestep, len(latents))
         with torch.set_grad_enabled(grad), self.session(taps, listed) as session:
             text = conditions(self.adapter, context, len(latents)).cond
 
@@ -289,9 +290,21 @@ class DiffusionModel:
         Raises:
             UnknownNameError, SiteUnavailableError, InputError, ShapeError: bad edits.
         """
-        clock = DenoiserClock(self.denoiser, self.adapter.halves)
+        clock = DenoiserClock(self.denoiser, self.adapter.halves, uncond_follows=self.adapter.uncond_follows)
         applied: list[Applied] = [placed(edit, self._places) for edit in edits]
         return Session(self._root, clock, list(taps), applied)
+
+    def _timestep(self, timestep: Any, rows: int) -> Tensor:
+        """A timestep on the model's device, checked."""
+        trained = int(self.pipeline.scheduler.config.get("num_train_timesteps", 1000))
+        if isinstance(timestep, bool) or not isinstance(timestep, Real | Tensor):
+            raise InputError(f"timestep={timestep!r}: give a number or a tensor, from -1 (clean) to {trained}")
+        time = torch.as_tensor(timestep, device=self.device)
+        if time.shape not in ((), (1,), (rows,)):
+            raise ShapeError(f"timestep of shape {tuple(time.shape)}: give one for all latents, or {rows}")
+        if not bool(((time >= -1) & (time <= trained)).all()):
+            raise InputError(f"timestep={timestep!r} is out of range: the model was trained on 0 to {trained}")
+        return time
 
     def check_latents(self, latents: Tensor) -> None:
         """Refuse latents that the denoiser does not take.

@@ -3,19 +3,25 @@
 Paths start with the pipeline's name of a model: ``unet.up_blocks.1.resnets.0.conv2``, ``text_encoder.encoder...``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from interp.errors import InputError
+from interp.models.autoencoder_places import (
+    Found,
+    Modules,
+    autoencoder_places,
+    channels_out,
+    children_of,
+    resnet_places,
+    spatial,
+)
 from interp.models.families.base import Stack
 from interp.models.places import PlaceMap, stack_places, width_of
 from interp.sites import HEADS, NEURONS, PATTERN, RESIDUAL, SPATIAL, VECTOR, ImageTokens, Part, Place
-
-Found = Iterator[tuple[Place, str | None]]
-Modules = dict[str, nn.Module]
 
 # Transformer classes whose blocks attend to text and image together, and which tokens are the image's.
 _JOINT: dict[str, ImageTokens] = {"SD3Transformer2DModel": "first", "FluxTransformer2DModel": "last"}
@@ -84,7 +90,7 @@ def diffusion_places(pipeline: Any) -> PlaceMap:
     listed += _denoiser_places(modules, denoiser)
     if "vae" in children:
         parts["vae"] = "vae"
-        listed += _vae_places(modules)
+        listed += autoencoder_places(modules)
     found: dict[str, Place] = {}
     reasons: dict[str, str] = {}
     for place, reason in listed:
@@ -112,25 +118,12 @@ def _without_effect(modules: Modules, pipeline: Any, found: dict[str, Place]) ->
     return reasons
 
 
-# ---------------------------------------------------------------- pieces that denoisers and autoencoders share
-
-
-def _spatial(site: str, path: str, side: str, width: Any) -> tuple[Place, None]:
-    return Place(site, path, side, SPATIAL, layout="grid", width=width), None  # type: ignore[arg-type]
+# ---------------------------------------------------------------- pieces that denoisers share
 
 
 def _tokens(site: str, path: str, side: str, width: Any, image: ImageTokens | None, **more: Any) -> tuple[Place, None]:
     axes = more.pop("axes", RESIDUAL)
     return Place(site, path, side, axes, width=width, image_tokens=image, **more), None  # type: ignore[arg-type]
-
-
-def _resnet_places(modules: Modules, name: str, path: str) -> Found:
-    """The residual blocks of one level: in, branch (before the skip is added), out."""
-    for j, resnet in enumerate(_children(modules, f"{path}.resnets")):
-        site, inner = f"{name}.resnets.{j}", f"{path}.resnets.{j}"
-        yield _spatial(f"{site}.hook_in", inner, "input", resnet.in_channels)
-        yield _spatial(f"{site}.hook_branch", f"{inner}.conv2", "output", _out(modules, f"{inner}.conv2"))
-        yield _spatial(f"{site}.hook_out", inner, "output", _out(modules, f"{inner}.conv2"))
 
 
 def _attention_places(
@@ -185,14 +178,6 @@ def _cross_block(modules: Modules, name: str, path: str, width: Any) -> Found:
     yield _tokens(f"{name}.hook_resid_post", path, "output", width, "all")
 
 
-def _children(modules: Modules, path: str) -> list[Any]:
-    return list(modules[path].children()) if path in modules else []
-
-
-def _out(modules: Modules, path: str) -> int | None:
-    return getattr(modules.get(path), "out_channels", None)
-
-
 # ---------------------------------------------------------------- denoisers
 
 
@@ -207,50 +192,53 @@ def _denoiser_places(modules: Modules, name: str) -> Found:
 
 def _unet_places(modules: Modules, unet: str) -> Found:
     model: Any = modules[unet]
-    yield _spatial("hook_in", unet, "input", model.config.in_channels)
+    yield spatial("hook_in", unet, "input", model.config.in_channels)
     time = f"{unet}.time_embedding"
     d_time = width_of(modules[f"{time}.linear_2"], "out") if f"{time}.linear_2" in modules else None
     yield Place("hook_time_embed", time, "output", VECTOR, layout="vector", width=d_time), None
-    levels = [(f"down.{i}", f"{unet}.down_blocks.{i}") for i in range(len(_children(modules, f"{unet}.down_blocks")))]
+    levels = [(f"down.{i}", f"{unet}.down_blocks.{i}") for i in range(len(children_of(modules, f"{unet}.down_blocks")))]
     if f"{unet}.mid_block" in modules:
         levels.append(("mid", f"{unet}.mid_block"))
-    levels += [(f"up.{i}", f"{unet}.up_blocks.{i}") for i in range(len(_children(modules, f"{unet}.up_blocks")))]
+    levels += [(f"up.{i}", f"{unet}.up_blocks.{i}") for i in range(len(children_of(modules, f"{unet}.up_blocks")))]
     for name, path in levels:
-        yield from _resnet_places(modules, name, path)
-        width = _out(modules, f"{path}.resnets.0.conv2")
-        for j, attention in enumerate(_children(modules, f"{path}.attentions")):
+        yield from resnet_places(modules, name, path)
+        width = channels_out(modules, f"{path}.resnets.0.conv2")
+        for j, attention in enumerate(children_of(modules, f"{path}.attentions")):
             site, inner = f"{name}.attn.{j}", f"{path}.attentions.{j}"
-            yield _spatial(f"{site}.hook_in", inner, "input", width)
+            yield spatial(f"{site}.hook_in", inner, "input", width)
             if hasattr(attention, "to_q"):
-                yield from _attention_places(modules, f"{site}.self", inner, "all", "all")
-            for k, block in enumerate(_children(modules, f"{inner}.transformer_blocks")):
+                for place, reason in _attention_places(modules, f"{site}.self", inner, "all", "all"):
+                    # Attention without a block around it takes and gives feature maps.
+                    whole = place.path == inner and place.side == "output"
+                    yield (spatial(place.site, inner, "output", place.width) if whole else (place, reason))
+            for k, block in enumerate(children_of(modules, f"{inner}.transformer_blocks")):
                 d_model = getattr(block, "dim", None)
                 yield from _cross_block(modules, f"{site}.blocks.{k}", f"{inner}.transformer_blocks.{k}", d_model)
-            yield _spatial(f"{site}.hook_out", inner, "output", width)
+            yield spatial(f"{site}.hook_out", inner, "output", width)
         if f"{path}.attentions" not in modules:
             for leaf in ("hook_in", "hook_out"):
                 reason = f"the {name} block of this UNet has no attention"
                 yield Place(f"{name}.attn.0.{leaf}", path, "output", SPATIAL), reason
-        yield _spatial(f"{name}.hook_out", path, "output", width)
-    yield _spatial("hook_out", unet, "output", model.config.out_channels)
+        yield spatial(f"{name}.hook_out", path, "output", width)
+    yield spatial("hook_out", unet, "output", model.config.out_channels)
 
 
 def _transformer_places(modules: Modules, path: str, order: ImageTokens | None) -> Found:
     model: Any = modules[path]
     config = model.config
     packed = order == "last"  # Flux takes and gives its latents as tokens
-    ends: Callable[..., tuple[Place, None]] = _packed if packed else _spatial
+    ends: Callable[..., tuple[Place, None]] = _packed if packed else spatial
     yield ends("hook_in", path, "input", config.in_channels)
     time = f"{path}.adaln_single.emb" if order is None else f"{path}.time_text_embed"
     yield Place("hook_time_embed", time, "output", VECTOR, layout="vector", width=model.inner_dim), None
-    n_blocks = len(_children(modules, f"{path}.transformer_blocks"))
+    n_blocks = len(children_of(modules, f"{path}.transformer_blocks"))
     for n in range(n_blocks):
         block = f"{path}.transformer_blocks.{n}"
         if order is None:
             yield from _pixart_block(modules, f"blocks.{n}", block, model.inner_dim)
         else:
             yield from _joint_block(modules, f"blocks.{n}", block, model.inner_dim, order)
-    for n in range(len(_children(modules, f"{path}.single_transformer_blocks"))):
+    for n in range(len(children_of(modules, f"{path}.single_transformer_blocks"))):
         block = f"{path}.single_transformer_blocks.{n}"
         yield from _single_block(modules, f"blocks.{n_blocks + n}", block, model.inner_dim)
     yield ends("hook_out", path, "output", _final_width(modules, path, packed))
@@ -328,7 +316,7 @@ def _single_block(modules: Modules, name: str, path: str, width: int) -> Found:
     yield _tokens(f"{name}.hook_resid_post", path, "output", width, "all", element=1)
 
 
-# ---------------------------------------------------------------- text encoders and autoencoders
+# ---------------------------------------------------------------- text encoders
 
 
 def _text_places(modules: Modules, name: str) -> Found:
@@ -369,24 +357,3 @@ def _text_places(modules: Modules, name: str) -> Found:
             yield replace(place, path=f"{place.path}.layer.0"), None
         else:
             yield place, reason
-
-
-def _vae_places(modules: Modules) -> Found:
-    """The levels of an AutoencoderKL; other autoencoders have raw sites only."""
-    if "vae.encoder.conv_in" not in modules or "vae.decoder.conv_in" not in modules:
-        return
-    for half, levels in (("encoder", "down"), ("decoder", "up")):
-        path = f"vae.{half}"
-        if half == "decoder":
-            yield _spatial(f"{path}.hook_in", path, "input", modules[f"{path}.conv_in"].in_channels)
-            yield from _vae_level(modules, f"{path}.mid", f"{path}.mid_block")
-        for i in range(len(_children(modules, f"{path}.{levels}_blocks"))):
-            yield from _vae_level(modules, f"{path}.{levels}.{i}", f"{path}.{levels}_blocks.{i}")
-        if half == "encoder":
-            yield from _vae_level(modules, f"{path}.mid", f"{path}.mid_block")
-        yield _spatial(f"{path}.hook_out", path, "output", _out(modules, f"{path}.conv_out"))
-
-
-def _vae_level(modules: Modules, name: str, path: str) -> Found:
-    yield from _resnet_places(modules, name, path)
-    yield _spatial(f"{name}.hook_out", path, "output", _out(modules, f"{path}.resnets.0.conv2"))

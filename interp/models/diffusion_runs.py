@@ -50,11 +50,11 @@ class RunOptions:
         """
         if self.guidance_calls not in ("batch", "two"):
             raise InputError(f"guidance_calls={self.guidance_calls!r}: give 'batch' or 'two'")
-        n_steps = len(solver.times)
-        check_edits(self.edits, n_steps=n_steps, guided=guided)
+        timesteps = solver.timesteps
+        check_edits(self.edits, n_steps=len(timesteps), guided=guided)
         return run_captures(
             [] if self.capture is None else sd.expanded(self.capture),
-            n_steps=n_steps,
+            timesteps=timesteps,
             guided=guided,
             save_steps=self.save_steps,
             half=self.half,

@@ -57,7 +57,7 @@ class RunCaptures:
 def run_captures(
     places: Sequence[Place],
     *,
-    n_steps: int,
+    timesteps: Sequence[float],
     guided: bool,
     save_steps: Indexes | slice | None = None,
     half: Half = "cond",
@@ -70,7 +70,7 @@ def run_captures(
 
     Args:
         places: sites to capture.
-        n_steps: denoiser calls of the run.
+        timesteps: of the model, one for each step of the run.
         guided: whether it has an unconditional half.
         save_steps: steps to capture the denoiser at; None: all.
         half: of guidance, or both.
@@ -92,11 +92,12 @@ def run_captures(
         raise InputError("save_steps, consume and stop say what becomes of captures: name sites with capture=")
     if stop and not any(place.part == "denoiser" for place in places):
         raise InputError("stop=True ends a run after a captured site of the denoiser, and none is captured")
+    n_steps = len(timesteps)
     saved = chosen_steps("save_steps", save_steps, n_steps) if places else ()
     wanted = HALVES if half == "both" else (half,)
     by_half: dict[str, list[Tap]] = {name: [] for name in wanted}
     for place in places:
-        receive = None if consume is None else _receiver(place.site, consume)
+        receive = None if consume is None else _receiver(place.site, consume, timesteps)
         if place.part == "vae":
             by_half.setdefault("cond", []).append(Tap(place, Where(), dtype, device, consume=receive))
             continue
@@ -122,9 +123,10 @@ def check_edits(edits: Sequence[Edit], *, n_steps: int, guided: bool) -> None:
             raise InputError(f"{edit!r} never applies: without guidance there is no unconditional half")
 
 
-def _receiver(site: str, consume: Consumer) -> Callable[[Tensor, Any], None]:
+def _receiver(site: str, consume: Consumer, timesteps: Sequence[float]) -> Callable[[Tensor, Any], None]:
     def receive(caught: Tensor, call: Any) -> None:
+        # Not the call's own timestep, which some denoisers are given in other units or in half precision.
         outside = call.step is None
-        consume(site, -1 if outside else call.step, float("nan") if outside else call.timestep, caught)
+        consume(site, -1 if outside else call.step, float("nan") if outside else timesteps[call.step], caught)
 
     return receive

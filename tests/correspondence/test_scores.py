@@ -153,3 +153,13 @@ def test_refusals():
         pck_interval(Evaluation(()))
     with pytest.raises(InputError, match="confidence must be between 0 and 1"):
         pck_interval(MIXED, confidence=1.5)
+
+
+def test_by_category_a_drawn_seed_is_the_same_one_in_every_category():
+    good = Evaluation(tuple(result(name, [NEAR], f"{name}{k}") for name in ("dog", "cat") for k in range(2)))
+    bad = Evaluation(tuple(result(name, [FAR], f"{name}{k}") for name in ("dog", "cat") for k in range(2)))
+    # Pairs do not differ, so the two drawn seeds are all that varies: a quarter of the draws give 0 and a quarter 1.
+    # Were seeds drawn for each category, a sixteenth would, and the interval would end at 0.25 and 0.75.
+    one, both = (pck_interval([good, bad], reduce=reduce, confidence=0.6) for reduce in ("point", "category"))
+    assert (one.low, one.high) == (0.0, 1.0)
+    assert (both.low, both.high) == (0.0, 1.0)

@@ -389,3 +389,13 @@ def test_a_spec_without_timesteps_takes_what_comes():
     spec = spec_of(sd, vae="mode")
     bare = FeatureSpec(spec.sites, steps=STEPS, saved=spec.saved, vae="mode", output_size=(8, 8))
     assert torch.equal(stack(sd, images, bare), stack(sd, images, spec))
+
+
+def test_a_network_refuses_maps_of_other_sites_with_as_many_channels():
+    sd = model()
+    spec = spec_of(sd)
+    net = AggregationNetwork(sd.channels(list(spec.sites)), spec.n_steps, 32, 8, n_groups=8, sites=spec.sites)
+    outputs = tuple(site.replace("hook_branch", "hook_out") for site in spec.sites)
+    other = replace(spec, sites=outputs)
+    with pytest.raises(InputError, match=r"layer 0 of the network is up\.0.*hook_branch, but the spec has .*hook_out"):
+        extract(sd, pixels(), net, other, progress=False)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from interp.correspondence import Pair, match, pck_interval
 from interp.errors import InputError
-from interp.hyperfeatures import presets, single, stack
+from interp.hyperfeatures import AggregationNetwork, prepare, presets, single, stack
 from interp.hyperfeatures.comparison import (
     AGGREGATED,
     CONCATENATED,
@@ -18,11 +20,12 @@ from interp.hyperfeatures.comparison import (
     PIXELS,
     SINGLE,
     TRANSFER,
+    Generation,
     compare_methods,
 )
 from interp.hyperfeatures.comparison_figures import draw_all
 from interp.hyperfeatures.creature_pairs import FOLDS, creature_splits
-from interp.hyperfeatures.study import Recipe, Split, Stacks, best, patches, score, score_many
+from interp.hyperfeatures.study import Recipe, Split, Stacks, aggregated, best, fit, patches, score, score_many
 from interp.models.diffusion import Diffusion
 from interp.zoo.creatures import SPECIES
 from tests.tiny_diffusion import stable_diffusion
@@ -149,7 +152,7 @@ def test_every_method_is_evaluated_on_the_pooled_test_pairs(found, splits):
 
 
 def near(predicted, expected):
-    """The same pixels; a batch of another size rounds otherwise, which may exchange neighbours that are nearly equal."""
+    """The same pixels; another batch size rounds otherwise, which may exchange neighbours nearly equal."""
     apart = (predicted - expected).abs().amax(dim=1)
     return bool((apart <= 1).all()) and bool((apart == 0).float().mean() >= 0.8)
 
@@ -204,3 +207,89 @@ def test_a_run_goes_on_from_its_folder(sd, splits, spec, tmp_path):
     again = compare_methods(sd, splits[:1], spec, RECIPE, [0], folder=tmp_path)
     assert again.by_seed().equals(whole.by_seed())
     assert again.fitted[0].training.history.equals(whole.fitted[0].training.history)
+
+
+def test_features_of_generation_are_those_of_the_calls_that_stand_for_the_saved_ones(sd, splits, spec):
+    generation = Generation(sd, spec, splits[0], 2)
+    (pair, *_) = splits[0].test
+    split = dataclasses.replace(splits[0], test=(pair,))
+    stacks = generation.stacks(split)
+    # Saved indices 3, 1, 0 of 4: each a step noisier than by inversion, -1, 250, 500.
+    assert spec.timesteps == (-1, 250, 500) and stacks.spec.timesteps == (0, 500, 750)
+    image = split.images[pair.source][None] * 2 - 1
+    latents = sd.encode(prepare(image, (16, 16)), vae="mode")
+    noise = sd.invert(latents, "", steps=4, convention="dhf", progress=False).final
+    run = sd.generate(
+        [""],
+        latents=noise,
+        steps=4,
+        guidance_scale=1.0,
+        convention="dhf",
+        capture=list(spec.sites),
+        decode=False,
+        progress=False,
+    )
+    channels = sd.channels(list(spec.sites))
+    for layer in (0, 11):
+        maps = run.activations[spec.sites[layer]]
+        for step, call in enumerate((3, 1, 0)):
+            expected = F.interpolate(maps[call], size=spec.output_size, mode="bilinear", align_corners=False)
+            found = single(stacks[pair.source][None].float(), channels, layer, step)
+            # Half precision keeps 11 bits; the inversion ran in a batch of two.
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=5e-3)
+    again = sd.decode(run.clean)
+    assert math.isclose(
+        generation._errors[0], float((again - sd.decode(latents)).square().mean()), rel_tol=1e-3, abs_tol=1e-6
+    )
+
+
+def test_a_training_goes_on_with_the_same_features_and_pairs_only(sd, splits, spec, tmp_path):
+    split = dataclasses.replace(splits[0], validation=splits[0].validation[:1])
+    fit(Stacks(sd, spec, split.images), split, RECIPE, 0, folder=tmp_path)
+    other = dataclasses.replace(spec, load_size=(12, 12))
+    with pytest.raises(InputError, match=r"features, load_size \[16, 16\], not \[12, 12\]"):
+        fit(Stacks(sd, other, split.images), split, RECIPE, 0, folder=tmp_path)
+    with pytest.raises(InputError, match="training pairs"):
+        reordered = dataclasses.replace(split, train=split.train[::-1])
+        fit(Stacks(sd, spec, split.images), reordered, RECIPE, 0, folder=tmp_path)
+    with pytest.raises(InputError, match="holds a training with base 'bbox', not 'img'"):
+        fit(Stacks(sd, spec, split.images), split, RECIPE, 0, base="img", folder=tmp_path)
+
+
+def test_validation_matches_at_the_size_of_the_test(sd, splits, spec, monkeypatch):
+    split = dataclasses.replace(splits[0], validation=splits[0].validation[:1])
+    sizes = []
+    plain = score_many
+
+    def seen(describe, split, pairs, size=None, *rest):
+        sizes.append(size)
+        return plain(describe, split, pairs, size, *rest)
+
+    monkeypatch.setattr("interp.hyperfeatures.study.score_many", seen)
+    fit(Stacks(sd, spec, split.images), split, RECIPE, 0, size=(24, 24))
+    assert sizes == [(24, 24), (24, 24)]  # after step 2 and after the last
+
+
+def test_training_refuses_points_outside_an_image(sd, splits, spec):
+    (first, *_) = splits[0].train
+    wrong = dataclasses.replace(first, source_points=first.source_points + 64)
+    split = dataclasses.replace(splits[0], train=(wrong,), validation=())
+    with pytest.raises(InputError, match="outside the image of 64 rows"):
+        fit(Stacks(sd, spec, split.images), split, RECIPE, 0)
+
+
+def test_no_more_descriptors_than_stacks_are_held(sd, splits, spec):
+    stacks = Stacks(sd, spec, splits[0].images, hold=2)
+    net = AggregationNetwork(stacks.channels, spec.n_steps, 32, 8, n_groups=8)
+    describe = aggregated(net, stacks)
+    first, second, third = list(splits[0].images)[:3]
+    held = weakref.ref(describe(first))
+    assert describe(first) is held()
+    describe(second)
+    describe(third)
+    assert held() is None
+
+
+def test_a_comparison_needs_splits_and_seeds(sd, splits, spec):
+    with pytest.raises(InputError, match="0 splits and 1 seeds"):
+        compare_methods(sd, [], spec, RECIPE, [0])

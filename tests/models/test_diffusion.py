@@ -13,7 +13,7 @@ from interp.errors import InputError, NeverFiredError, ShapeError, SiteUnavailab
 from interp.models.diffusion import Diffusion
 from interp.models.diffusion_loading import load_pipeline
 from tests import tiny_diffusion
-from tests.pipelines import CLOSE, SITES, hooked, hooked_calls, last_block, run_pipeline
+from tests.pipelines import CLOSE, SITES, hooked, hooked_calls, last_block, run_ours, run_pipeline
 from tests.tiny_diffusion import FAMILIES, pipeline
 
 BRANCHES = "up.*.resnets.*.hook_branch"
@@ -156,6 +156,28 @@ def test_a_capture_takes_timesteps_of_any_kind() -> None:
         sd.capture(latents, 0, ["a", "b", "c"], site)
 
 
+@pytest.mark.parametrize(
+    ("timestep", "error", "match"),
+    [
+        (1001, InputError, "out of range"),
+        (-2, InputError, "out of range"),
+        (float("nan"), InputError, "out of range"),
+        (torch.zeros(3), ShapeError, "one for all latents, or 2"),
+    ],
+)
+def test_bad_timesteps_of_a_capture(timestep: Any, error: type[Exception], match: str) -> None:
+    sd = Diffusion(pipeline("unet"))
+    with pytest.raises(error, match=match):
+        sd.capture(noise(sd), timestep, "a cat", "hook_out")
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 31), (5, 32)])
+def test_bad_token_states_of_a_capture(shape: tuple[int, ...]) -> None:
+    sd = Diffusion(pipeline("unet"))
+    with pytest.raises(ShapeError, match=r"takes \[batch, pos, 32\]"):
+        sd.capture(noise(sd), 1, torch.zeros(shape), "hook_out")
+
+
 def test_edits_of_one_call() -> None:
     sd = Diffusion(pipeline("unet"))
     site, path = SITES["unet"]
@@ -216,6 +238,26 @@ def test_edits_and_records_around_the_pipelines_own_run(family: str) -> None:
         pass
     with pytest.raises(NeverFiredError), sd.edit(Zero(site, steps=7)):
         run_pipeline(family)
+
+
+def test_flux_calls_for_the_conditional_half_first() -> None:
+    sd = Diffusion(pipeline("flux"))
+    site, path = SITES["flux"]
+    with hooked(sd.denoiser.get_submodule(path.removeprefix("transformer."))) as caught:
+        plain = run_pipeline("flux")
+    with sd.record(site, steps=[1, 2], half="uncond") as acts:
+        run_pipeline("flux")
+    assert torch.equal(acts[site], torch.stack([caught[3], caught[5]]))
+    with sd.edit(Zero(site, steps=2, half="cond")):
+        edited = run_pipeline("flux")
+    ours = run_ours("flux", edits=Zero(site, steps=2, half="cond"))
+    torch.testing.assert_close(edited, ours.final, **CLOSE)
+    assert (edited - plain).abs().max() > 0.01
+    # Runs of one step without guidance are no halves of each other.
+    with sd.record(site, half="cond") as acts:
+        for _ in range(2):
+            run_pipeline("flux", true_cfg_scale=1.0, num_inference_steps=1)
+    assert len(acts.calls(site)) == 2
 
 
 # ---------------------------------------------------------------- loading

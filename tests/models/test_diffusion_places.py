@@ -1,17 +1,24 @@
 """Where the sites of diffusers' pipelines are, and what is said about those that are not there."""
 
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from interp import Zero
+from interp.denoising import DenoiserClock
 from interp.errors import InputError, SiteUnavailableError, UnknownNameError
+from interp.hooks import Session, Tap
 from interp.models.checks import placed
 from interp.models.diffusion_places import components, diffusion_places
 from interp.sites import match, parse
 from tests import tiny_diffusion as tiny
+from tests.denoisers import by_hand
 
 PATHS = {
     "unet": {
@@ -194,3 +201,70 @@ def test_pipelines_without_a_table() -> None:
         diffusion_places(SimpleNamespace(components={"vae": nn.Linear(1, 1), "scheduler": object()}))
     with pytest.raises(InputError, match="no table of sites for a Linear"):
         diffusion_places(SimpleNamespace(components={"transformer": nn.Linear(1, 1)}))
+
+
+def test_the_levels_of_a_tiny_autoencoder() -> None:
+    vae = tiny.tiny_autoencoder()
+    places = diffusion_places(SimpleNamespace(components={"unet": tiny.pipeline("unet").unet, "vae": vae}))
+    assert places.place("vae.decoder.hook_in").station == ("vae.decoder", "input", None)
+    sites = [name for name in places.names() if name.startswith("vae.")]
+    block = ("hook_in", "hook_branch", "hook_out")
+
+    def level(name: str, n_blocks: int) -> list[str]:
+        return [*(f"{name}.resnets.{j}.{leaf}" for j in range(n_blocks) for leaf in block), f"{name}.hook_out"]
+
+    encoder = [level(f"vae.encoder.down.{i}", n) for i, n in enumerate((0, 1, 2))]
+    decoder = [level(f"vae.decoder.up.{i}", n) for i, n in enumerate((2, 1, 1))]
+    assert sites == [
+        *chain(*encoder), "vae.encoder.hook_out", "vae.decoder.hook_in", *chain(*decoder), "vae.decoder.hook_out"
+    ]  # fmt: skip
+    caught: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            place = places.place(site)
+            stack.enter_context(by_hand(places_root(vae), place, partial(caught.__setitem__, site)))
+        images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+        with torch.no_grad():
+            vae.decode(vae.encode(images).latents)
+    assert {site: x.shape[1] for site, x in caught.items()} == {site: places.place(site).width for site in sites}
+    sides = [tuple(caught[f"vae.encoder.down.{i}.hook_out"].shape[2:]) for i in range(3)]
+    assert sides == [(16, 24), (8, 12), (4, 6)]
+    sides = [tuple(caught[f"vae.decoder.up.{i}.hook_out"].shape[2:]) for i in range(3)]
+    assert sides == [(8, 12), (16, 24), (16, 24)]
+    # The branch is what the skip is added to, before the activation.
+    first = "vae.decoder.up.0.resnets.0"
+    joined = (caught[f"{first}.hook_in"] + caught[f"{first}.hook_branch"]).relu()
+    assert torch.equal(joined, caught[f"{first}.hook_out"])
+    assert torch.equal(caught["vae.decoder.up.2.hook_out"] * 2 - 1, caught["vae.decoder.hook_out"])
+    with pytest.raises(SiteUnavailableError, match="no middle block"):
+        places.place("vae.encoder.mid.hook_out")
+
+
+def places_root(vae: nn.Module) -> nn.Module:
+    root = nn.Module()
+    root.add_module("vae", vae)
+    return root
+
+
+def test_attention_without_a_block_around_it_gives_feature_maps() -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        block_out_channels=(16, 24),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    pipeline = SimpleNamespace(components={"unet": tiny.redraw(unet, 3)})
+    places = diffusion_places(pipeline)
+    names = match("down.0.attn.0.self.*", places.names(), places.reasons)
+    taps = [Tap(places.place(name)) for name in names]
+    latents = torch.randn(2, 4, 8, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Session(components(pipeline), DenoiserClock(unet), taps):
+        unet(latents, 5, encoder_hidden_states=torch.zeros(2, 3, 32))
+    for tap in taps:
+        assert tap.caught[0].ndim == len(tap.place.axes), tap.place
+    assert names[-1].endswith("hook_out") and taps[-1].caught[0].shape == (2, 16, 8, 6)

@@ -158,7 +158,7 @@ def test_encoded_prompts_are_as_good_as_texts() -> None:
 def test_settings_that_are_no_literals() -> None:
     places = [Diffusion(pipeline("unet")).place("hook_in")]
     with pytest.raises(InputError, match="Did you mean 'uncond', 'cond'"):
-        run_captures.__wrapped__(places, n_steps=3, guided=True, half="uncnd")
+        run_captures.__wrapped__(places, timesteps=(2.0, 1.0, 0.0), guided=True, half="uncnd")
     with pytest.raises(InputError, match="'batch' or 'two'"):
         run_ours("unet", guidance_calls="three")
     with pytest.raises(InputError, match="floats"):

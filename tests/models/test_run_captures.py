@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.edits import Add, Scale, Zero
+from interp.edits import Add, MeanAblate, Scale, Zero
 from interp.errors import InputError, NeverFiredError
 from interp.models.diffusion import Diffusion
 from tests import tiny_diffusion
@@ -190,3 +190,70 @@ def test_edits_that_never_apply_are_refused_before_anything_runs() -> None:
         with pytest.raises(InputError, match="'cond' and 'uncond'"):
             run_ours("unet", edits=Zero(site, half="both"))
     assert not calls
+
+
+def test_captures_and_edits_of_a_tiny_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("unet")
+    vae = tiny_diffusion.tiny_autoencoder()
+    monkeypatch.setitem(pipe._internal_dict, "vae", ("diffusers", "AutoencoderTiny"))
+    monkeypatch.setattr(pipe, "vae", vae)
+    monkeypatch.setattr(pipe, "vae_scale_factor", 4)
+    sites = ["vae.decoder.hook_in", "vae.decoder.up.1.resnets.0.hook_branch", "vae.decoder.hook_out"]
+    plain = run_ours("unet", capture=sites)
+    with torch.no_grad(), hooked(vae.decoder.layers[6].conv) as branch, hooked(vae.decoder) as out:
+        vae.decode(plain.final / vae.config.scaling_factor)
+    assert torch.equal(plain.activations[sites[0]], plain.final / vae.config.scaling_factor)
+    assert torch.equal(plain.activations[sites[1]], branch[0])
+    assert torch.equal(plain.activations[sites[2]], out[0])
+    edited = run_ours("unet", edits=Zero(sites[1]))
+    assert torch.equal(edited.latents, plain.latents)
+    assert (edited.pixels - plain.pixels).abs().max() > 0.01
+    images = torch.rand(1, 3, 24, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inverted = Diffusion(pipe).invert(images, steps=2, capture="vae.encoder.hook_out", progress=False)
+    got = inverted.activations["vae.encoder.hook_out"] * vae.config.scaling_factor
+    torch.testing.assert_close(got, inverted.latents[0], **CLOSE)
+
+
+def test_runs_inside_blocks_that_touch_the_denoisers_input() -> None:
+    # The block's hook on the UNet's input is there before the run's own clock.
+    sd = Diffusion(pipeline("unet"))
+    streamed: list[tuple[int, float]] = []
+    with sd.edit(Scale("hook_in", 1.5)):
+        kept = run_ours("unet", capture="hook_in", save_steps=[1])
+        run_ours("unet", capture="hook_in", consume=lambda site, step, time, x: streamed.append((step, time)))
+    assert streamed == list(enumerate(kept.timesteps))
+    torch.testing.assert_close(kept.activations["hook_in"][0], kept.latents[1] * 1.5, **CLOSE)
+    with sd.record("hook_in") as acts:
+        run = run_ours("unet", edits=Scale("hook_in", 1.5, steps=1, half="cond"))
+    uncond, cond = acts["hook_in"].chunk(2, dim=1)
+    assert torch.equal(uncond, run.latents[:-1])
+    torch.testing.assert_close(cond[1], uncond[1] * 1.5, **CLOSE)
+    assert torch.equal(cond[[0, 2]], uncond[[0, 2]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_consumers_are_told_the_timesteps_of_the_trajectory(family: str) -> None:
+    # Flux is given them in thousandths.
+    streamed: list[float] = []
+    site = SITES[family][0]
+    run = run_ours(family, capture=site, consume=lambda site, step, time, x: streamed.append(time))
+    assert tuple(streamed) == run.timesteps
+
+
+def test_means_are_those_of_one_half() -> None:
+    edit = MeanAblate(SITES["unet"][0])
+    one, two = (run_ours("unet", edits=edit, guidance_calls=calls) for calls in ("batch", "two"))
+    torch.testing.assert_close(one.final, two.final, **CLOSE)
+    assert (one.final - untouched("unet").final).abs().max() > 0.01
+    # Rows that are selected by hand take another way through the selection.
+    rows, both = (MeanAblate(SITES["unet"][0], rows=rows) for rows in ([0, 1], None))
+    torch.testing.assert_close(run_ours("unet", edits=rows).final, run_ours("unet", edits=both).final, **CLOSE)
+
+
+def test_zeros_in_place_of_an_empty_prompt_are_not_edited() -> None:
+    site = "text_encoder_2.blocks.0.hook_resid_post"
+    assert pipeline("sdxl").config.force_zeros_for_empty_prompt
+    with pytest.raises(NeverFiredError, match="half never came"):
+        run_ours("sdxl", negative_prompt=None, edits=Scale(site, 3.0, half="uncond"))
+    edited = run_ours("sdxl", edits=Scale(site, 3.0, half="uncond"))
+    assert (edited.final - untouched("sdxl").final).abs().max() > 0.01

@@ -63,6 +63,8 @@ class DiffusionFamily(ABC):
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
+    uncond_follows: ClassVar[bool] = False
+    """Whether the pipeline calls the denoiser for the conditional half and then for the unconditional one."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -105,9 +107,14 @@ class DiffusionFamily(ABC):
     def encode(self, prompts: list[str]) -> Text:
         """Encode prompts with the pipeline's own ``encode_prompt``."""
 
-    def unconditional(self, prompts: list[str] | None, n: int) -> Text:
-        """The other half of guidance: negative prompts, or what stands for none given."""
-        return self.encode(prompts if prompts is not None else [""] * n)
+    def unconditional(self, prompts: list[str] | None, cond: Text) -> Text:
+        """The other half of guidance: negative prompts, or what stands for none given.
+
+        Args:
+            prompts: one for each conditional one; None: none given.
+            cond: the conditional half.
+        """
+        return self.encode(prompts if prompts is not None else [""] * len(cond))
 
     @abstractmethod
     def predict(self, latents: Latents, time: Tensor, text: Text, guidance: float) -> Latents:
@@ -168,11 +175,12 @@ class StableDiffusionXL(DiffusionFamily):
         )
         return Text(states, pooled)
 
-    def unconditional(self, prompts: list[str] | None, n: int) -> Text:
+    def unconditional(self, prompts: list[str] | None, cond: Text) -> Text:
         """See `DiffusionFamily`; without negative prompts the checkpoint may ask for zeros."""
         if prompts is None and self.pipeline.config.force_zeros_for_empty_prompt:
-            return self.encode([""] * n).apply(torch.zeros_like)
-        return super().unconditional(prompts, n)
+            # No encoder runs, so that edits of it in this half are known not to apply.
+            return cond.apply(torch.zeros_like)
+        return super().unconditional(prompts, cond)
 
     def predict(self, latents: Latents, time: Tensor, text: Text, guidance: float) -> Latents:
         """See `DiffusionFamily`."""
@@ -230,6 +238,7 @@ class Flux(DiffusionFamily):
 
     name = "flux"
     pipelines = ("FluxPipeline",)
+    uncond_follows = True
 
     @property
     def latent_channels(self) -> int:

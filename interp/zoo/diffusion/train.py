@@ -77,7 +77,7 @@ RECIPE = Recipe(
     data_seed=11,
     autoencoder=Stage("autoencoder", steps=4000, batch=16, rate=2e-3, seed=1),
     denoiser=Stage("denoiser", steps=4500, batch=32, rate=1e-3, seed=2),
-    decoder=Stage("decoder", steps=5000, batch=8, rate=1e-3, seed=3),
+    decoder=Stage("decoder", steps=4000, batch=4, rate=1e-3, seed=3),
     classifier=Stage("classifier", steps=1800, batch=64, rate=3e-3, seed=4),
     classified=16_384,
     classified_seed=21,
