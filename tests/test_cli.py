@@ -131,10 +131,15 @@ def test_sites_are_listed_one_a_line(monkeypatch: pytest.MonkeyPatch, capsys: py
             return ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 
     monkeypatch.setattr("interp.models.vlm.VLM", Model)
-    code, out, _ = call("sites", "zoo:tiny", "blocks.*", capsys=capsys)
+    code, out, _ = call("sites", "someone/tiny", "blocks.*", capsys=capsys)
     assert (code, out) == (0, "blocks.0.hook_resid_post\nblocks.1.hook_resid_post\n")
-    call("sites", "zoo:tiny", capsys=capsys)
-    assert asked == ["zoo:tiny", "blocks.*", "zoo:tiny", None]
+    call("sites", "someone/tiny", capsys=capsys)
+    assert asked == ["someone/tiny", "blocks.*", "someone/tiny", None]
+
+
+def test_sites_of_a_diffusion_pipeline_are_listed(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = call("sites", "zoo:tiny-diffusion", "up.3.resnets.*.hook_branch", capsys=capsys)
+    assert (code, out.split()) == (0, [f"up.3.resnets.{index}.hook_branch" for index in range(3)])
 
 
 def test_the_zoo_is_listed_with_its_figures(

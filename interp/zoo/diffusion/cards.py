@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 from interp.zoo.creatures import BACKGROUNDS, COLOURS, KEYPOINTS, SPECIES, STYLES, VOCABULARY, draw_scenes, render
 from interp.zoo.diffusion.classifier import FIELDS, load_classifier
-from interp.zoo.diffusion.evaluate import BINS, CHECK, FULL, HELD_OUT_SEED, load, measure, psnr, reconstruct
+from interp.zoo.diffusion.evaluate import (
+    BINS,
+    CAPTION_SEED,
+    CHECK,
+    FIRST_IMAGE_SEED,
+    FULL,
+    HELD_OUT_SEED,
+    NOISE_SEED,
+    load,
+    measure,
+    psnr,
+    reconstruct,
+)
 from interp.zoo.diffusion.figures import COLUMNS, GUIDANCE, ROWS, SAMPLE_SEED
 
 ABOUT = (
@@ -22,6 +34,14 @@ ABOUT = (
     "UNet with four levels and twelve resnets in its up blocks, DDIM. It draws the articulated creatures of "
     "`interp.zoo.creatures`, whose pictures come with keypoints, parts, depth and edges of every pixel."
 )
+SEEDS = {
+    "held-out pictures": HELD_OUT_SEED,
+    "captions": CAPTION_SEED,
+    "timesteps and noise": NOISE_SEED,
+    "first generated picture": FIRST_IMAGE_SEED,
+    "sample sheet": SAMPLE_SEED,
+}
+STEERED = 0.2  # of the way from chance to always: below, a word is said not to steer what is drawn
 METRICS = {
     "denoising_loss": "mean squared error of the predicted noise (predicting none: 1) at random timesteps of each bin. "
     "linear: the best predictor that is linear in the noisy latents, for the mean and covariance of the training "
@@ -85,6 +105,7 @@ def write_card(
             "machine": platform.machine(),
         },
         "metrics": METRICS,
+        "seeds": SEEDS,
         "figures": {
             **measure(pipeline, classifier, FULL, training),
             "psnr_before_the_decoder_learned_alone": round(before, 2),
@@ -94,6 +115,34 @@ def write_card(
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(markdown(card), encoding="utf-8")
     return card
+
+
+def limits(card: dict[str, Any]) -> list[str]:
+    """What the model cannot do, a sentence each.
+
+    Args:
+        card: the content of ``card.json``.
+
+    Returns:
+        The sentences; what captions do not steer is taken from the figures.
+    """
+    known = [
+        "It knows nothing but one creature on a plain background, 64×64 pixels, in the words above. Other text is "
+        "spelled in bytes and means nothing to it.",
+        "An area of 4×4 pixels is one place in the latents: the smallest things get lost, such as eyes, claws and "
+        "thin outlines; white parts may fade.",
+        "Text encoder, UNet and autoencoder were trained on this world alone: that features of this model match "
+        "keypoints says what the method finds here, not how well large models do.",
+    ]
+    measured = card["figures"]["generated"].values()
+    for field, options in FIELDS.items():
+        chance = 1 / len(options)
+        if max(row[field] for row in measured) < chance + STEERED * (1 - chance):
+            known.append(
+                f"Captions do not steer {field}: pictures agree with the word about as often as by chance, at every "
+                "guidance scale measured. The noise that a picture starts from decides."
+            )
+    return known
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -169,7 +218,9 @@ def markdown(card: dict[str, Any]) -> str:
         "## How well it does",
         "",
         f"Every scene below is drawn from seeds that no training used. {measured['captions']} captions for each "
-        f"guidance scale, {measured['steps']} steps; {measured['held_out']} held-out pictures.",
+        f"guidance scale, {measured['steps']} steps; {measured['held_out']} held-out pictures. Seeds: "
+        + ", ".join(f"{name} {seed}" for name, seed in card["seeds"].items())
+        + ".",
         "",
         f"**Captions**: {metrics['generated']}. The last two rows say how good the classifier is itself.",
         "",
@@ -208,11 +259,7 @@ def markdown(card: dict[str, Any]) -> str:
         "",
         "## Limits",
         "",
-        "- It knows nothing but one creature on a plain background, 64×64 pixels, in the words above. Other text is "
-        "spelled in bytes and means nothing to it.",
-        "- Sixteen-fold smaller areas of latents lose the smallest things: eyes, claws, thin outlines.",
-        "- Text encoder, UNet and autoencoder were trained on this world alone: that features of this model match "
-        "keypoints says what the method finds here, not how well large models do.",
+        *(f"- {limit}" for limit in limits(card)),
         "",
         "## Licences",
         "",
