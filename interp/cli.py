@@ -186,16 +186,22 @@ def load_experiment(name: str, folder: Path | None = None) -> Callable[..., Any]
 
 
 def card_figures(card: dict[str, Any]) -> list[tuple[str, float]]:
-    """Pick the main figures of a model's card: accuracies of prompts and of patches, over all tasks.
+    """Pick the main figures of a model's card: accuracies over all tasks, or how well pictures follow captions.
 
     Args:
         card: as `interp.zoo.card` gives it.
 
     Returns:
-        Condition and first-token accuracy of each.
+        Condition and first-token accuracy of each prompt and patch; of a diffusion model, the share of generated
+        pictures that show what each part of the caption says.
     """
     figures = card["figures"]
-    return [
+    shown = [
+        (f"{condition}: {part}", float(share))
+        for condition, shares in figures.get("generated", {}).items()
+        for part, share in shares.items()
+    ]
+    return shown + [
         (f"{section}: {condition}", float(measured["first_token"]))
         for section in ("prompts", "patches")
         for condition, measured in figures.get(section, {}).items()

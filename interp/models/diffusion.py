@@ -10,7 +10,6 @@ from torch import Tensor
 
 from interp.conventions import Convention, convention_named
 from interp.edits import Edit, as_edits
-from interp.errors import InputError
 from interp.latents import Size, VaeMode
 from interp.models.conditioning import Conditioning
 from interp.models.diffusion_loading import load_pipeline
@@ -149,7 +148,6 @@ class Diffusion(DiffusionModel):
         guidance_calls: str = "batch",
         edits: Edit | Sequence[Edit] = (),
         consume: Consumer | None = None,
-        guidance: Any = None,
         decode: bool = True,
         stop: bool = False,
         keep_latents: bool = True,
@@ -172,7 +170,6 @@ class Diffusion(DiffusionModel):
             convention: see `interp.conventions`; ``"diffusers"`` is the pipeline's own scheduler.
             capture, save_steps, half, guidance_calls, edits, consume, stop, keep_latents, progress, dtype, device: as
                 for `invert`; step 0 is the noisiest.
-            guidance: guidance by readouts, which is not available.
             decode: False: images are not to be decoded in the run, even where sites of the autoencoder are captured or
                 edited. Otherwise images are decoded when first asked for, or in the run where there are such sites.
 
@@ -182,8 +179,6 @@ class Diffusion(DiffusionModel):
 
         Source: Classifier-Free Diffusion Guidance, equation 6; the pipelines of diffusers.
         """
-        if guidance is not None:
-            raise InputError("guidance= is not available in this version")
         keep = RunOptions(
             edits=tuple(as_edits(edits)),
             capture=capture,

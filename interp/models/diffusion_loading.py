@@ -1,5 +1,6 @@
 """Loading diffusers pipelines: a Hub id, a local folder, or a model of the zoo."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,14 +37,14 @@ def load_pipeline(
         UnknownNameError: an unknown zoo name.
         InputError: nothing to load there, damaged files, an unknown dtype, or both ``device`` and ``device_map``.
     """
-    from diffusers import DiffusionPipeline
-
     if device is not None and options.get("device_map") is not None:
         raise InputError("give device or device_map, not both")
     settings = {"dtype": _dtype(dtype), **options}
     source = _source(name)
     try:
-        with _bars_where_seen():
+        with _bars_where_seen(), _expected_messages_left_out():
+            from diffusers import DiffusionPipeline
+
             pipeline = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -76,6 +77,31 @@ def _bars_where_seen() -> Iterator[None]:
     finally:
         for log in shown:
             log.enable_progress_bar()
+
+
+# Said of every pipeline where torchvision is not installed, and of every one with a small autoencoder.
+_LOGGERS = ("transformers.utils.import_utils", "diffusers.pipelines.pipeline_utils")
+_EXPECTED = (
+    "requires torchvision (not installed); falling back",
+    "got <class 'diffusers.models.autoencoders.autoencoder_tiny",
+)
+
+
+@contextmanager
+def _expected_messages_left_out() -> Iterator[None]:
+    """Keep messages that tell users nothing out of what a load logs; all others stay."""
+
+    def worth_saying(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in _EXPECTED)
+
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(worth_saying)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(worth_saying)
 
 
 def _source(name: str | Path) -> str:
