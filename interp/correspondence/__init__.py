@@ -6,7 +6,7 @@ right, bottom), and are turned when read.
 
 from interp.correspondence.buddies import Buddies, best_buddies, cyclical_distance, cyclical_matches, read_saliency
 from interp.correspondence.cub import read_cub
-from interp.correspondence.evaluate import evaluate
+from interp.correspondence.evaluate import evaluate, match_pair
 from interp.correspondence.matching import match, match_patches, match_soft, mutual_nearest, nearest_neighbours
 from interp.correspondence.pairs import COUNTS_360, Pair, read_pairs, read_prompts, summary
 from interp.correspondence.pck import base_length, pck, within
@@ -36,6 +36,7 @@ __all__ = [
     "evaluate",
     "joint_pca",
     "match",
+    "match_pair",
     "match_patches",
     "match_soft",
     "mutual_nearest",

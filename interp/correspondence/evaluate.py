@@ -93,15 +93,40 @@ def evaluate(
                 named = pair.category if with_category else None
                 source, source_size = described(pair.source, pair.source_file, named)
                 target, target_size = described(pair.target, pair.target_file, named)
-                pair.check(source_size, target_size)
-                at, to = (source_size, target_size) if isinstance(size, str) else (size, size)
-                points = rescale(pair.source_points, source_size, at)
-                predicted = matcher(source, target, points, at, target_size=to).cpu()
-                result = PairResult(pair, predicted.double(), to, target_size)
+                own = None if isinstance(size, str) else size
+                result = match_pair(pair, source, target, source_size, target_size, own, matcher)
                 found.add(index, result)
             results.append(result)
             bar.update(1)
     return Evaluation(tuple(results), asked)
+
+
+def match_pair(
+    pair: Pair,
+    source: Float[Tensor, "source_channel source_height source_width"],
+    target: Float[Tensor, "target_channel target_height target_width"],
+    source_size: Size,
+    target_size: Size,
+    size: Size | None = None,
+    matcher: Callable[..., Num[Tensor, "point 2"]] = match,
+) -> PairResult:
+    """Predict the target points of one pair.
+
+    Args:
+        pair: the pair.
+        source, target: descriptors of its images.
+        source_size, target_size: (height, width) of the images.
+        size: to match at; None: the images' own sizes.
+        matcher: as for `evaluate`.
+
+    Raises:
+        InputError: a point outside its image; also as the matcher.
+    """
+    pair.check(source_size, target_size)
+    at, to = (source_size, target_size) if size is None else (size, size)
+    points = rescale(pair.source_points, source_size, at)
+    predicted = matcher(source, target, points, at, target_size=to).cpu()
+    return PairResult(pair, predicted.double(), to, target_size)
 
 
 class _Lines:

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.correspondence import Evaluation, Pair, PairResult, match, pck_interval, rescale
+from interp.correspondence import Evaluation, Pair, PairResult, match_pair, pck_interval
 from interp.correspondence.evaluate import fingerprint
 from interp.correspondence.points import Size
 from interp.errors import InputError
@@ -207,14 +207,11 @@ def score_many(
     results: dict[Any, list[PairResult]] = {}
     with progress(len(pairs), description) as bar:
         for pair in pairs:
-            source_size, target_size = split.size(pair.source), split.size(pair.target)
-            pair.check(source_size, target_size)
-            at, to = (source_size, target_size) if size is None else (size, size)
-            points = rescale(pair.source_points, source_size, at)
+            sizes = split.size(pair.source), split.size(pair.target)
             sources, targets = describe(pair.source), describe(pair.target)
             for method, source in sources.items():
-                found = match(source.float(), targets[method].float(), points, at, target_size=to).cpu()
-                results.setdefault(method, []).append(PairResult(pair, found.double(), to, target_size))
+                found = match_pair(pair, source.float(), targets[method].float(), *sizes, size)
+                results.setdefault(method, []).append(found)
             bar.update(1)
     return {method: Evaluation(tuple(listed)) for method, listed in results.items()}
 

@@ -20,15 +20,16 @@ from interp.models.checks import placed
 from interp.models.conditioning import Conditioning, conditions, encode_prompts, until_captured
 from interp.models.diffusion_places import components, diffusion_places
 from interp.models.families.diffusion import DiffusionFamily, diffusion_family_of
+from interp.models.named import Named
 from interp.models.run_captures import check_edits
 from interp.positions import Indexes
 from interp.selection import Where
-from interp.sites import Place, expand, match
+from interp.sites import Place, expand
 
 Latents = Float[Tensor, "batch channel height width"]
 
 
-class DiffusionModel:
+class DiffusionModel(Named):
     """A text-to-image diffusion pipeline with stable names for its activations.
 
     Args:
@@ -79,26 +80,6 @@ class DiffusionModel:
     def dtype(self) -> torch.dtype:
         """Dtype of the denoiser."""
         return next(self.denoiser.parameters()).dtype
-
-    def sites(self, pattern: str | None = None) -> list[str]:
-        """Site names, in forward order.
-
-        Args:
-            pattern: a name or shell-style pattern such as ``"up.*.resnets.*.hook_branch"``. None: every site.
-
-        Raises:
-            UnknownNameError: nothing matches; the message lists the nearest names.
-            SiteUnavailableError: all that matches are sites that this model cannot offer; the message says why.
-        """
-        return self._places.names() if pattern is None else match(pattern, self._places.names(), self._places.reasons)
-
-    def place(self, site: str) -> Place:
-        """Where a site is in this model: module path, side, axes.
-
-        Raises:
-            UnknownNameError, SiteUnavailableError: see `PlaceMap.place`.
-        """
-        return self._places.place(site)
 
     def channels(self, sites: str | Sequence[str]) -> list[int]:
         """Channels (or width) of sites.

@@ -21,14 +21,15 @@ from interp.models.embed import entering
 from interp.models.families import family_of
 from interp.models.generate import continue_prompts
 from interp.models.loading import load
+from interp.models.named import Named
 from interp.models.places import head_sizes, place_map, stack_blocks
 from interp.positions import Indexes
 from interp.selection import Where
-from interp.sites import Place, expand, match
+from interp.sites import Place, expand
 from interp.sweep import Sweep, run_sweep
 
 
-class VLM:
+class VLM(Named):
     """A vision-language model, or a text decoder, with stable names for its activations.
 
     Args:
@@ -144,26 +145,6 @@ class VLM:
     @property
     def _embedding(self) -> nn.Module:
         return self._modules[f"{self._family.text.root}.{self._family.text.embed}"]
-
-    def sites(self, pattern: str | None = None) -> list[str]:
-        """Site names, in forward order.
-
-        Args:
-            pattern: a name or shell-style pattern such as ``"blocks.*.hook_resid_post"``. None: every site.
-
-        Raises:
-            UnknownNameError: nothing matches; the message lists the nearest names.
-            SiteUnavailableError: all that matches are sites that this model cannot offer; the message says why.
-        """
-        return self._places.names() if pattern is None else match(pattern, self._places.names(), self._places.reasons)
-
-    def place(self, site: str) -> Place:
-        """Where a site is in this model: module path, side, axes.
-
-        Raises:
-            UnknownNameError, SiteUnavailableError: see `PlaceMap.place`.
-        """
-        return self._places.place(site)
 
     def inside_decoder(self, place: Place) -> bool:
         """Whether a site lies in the language model's blocks or after: earlier tokens are not affected."""
