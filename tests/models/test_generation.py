@@ -183,7 +183,6 @@ def test_settings_that_are_no_literals() -> None:
         ({"negative_prompt": ["one"] * 3}, InputError, "1 prompts with 3 negative"),
         ({"guidance_scale": 1.0}, InputError, "without guidance"),
         ({"true_cfg_scale": 2.0}, InputError, "Flux"),
-        ({"guidance": object()}, InputError, "not available"),
         ({"latents": torch.zeros(4, 3, 8, 8), "size": None}, ShapeError, "4, height, width"),
         ({"latents": torch.zeros(3, 4, 8, 8), "size": None}, ShapeError, "3 latents for 1 prompts"),
         ({"latents": torch.zeros(2, 4, 8, 8)}, InputError, "not both"),
