@@ -149,24 +149,50 @@ def write_card(folder: Path, base: Path | None, recipe: dict[str, Any]) -> dict[
 
 
 def markdown(card: dict[str, Any]) -> str:
-    """The card as a page for people."""
-    figures, recipe = card["figures"], card["recipe"]
+    """The card as a page for people.
+
+    Args:
+        card: the content of ``card.json``.
+
+    Returns:
+        The page in Markdown.
+    """
+    lines = [*_about(card), *_what_it_is(card), *_training(card), *_figures(card["figures"]), *_licences(card)]
+    return "\n".join(lines) + "\n"
+
+
+def _about(card: dict[str, Any]) -> list[str]:
     name = card["name"]
-    lines = [f"# {name}", "", card["about"], ""]
-    lines += [
-        f'`interp.VLM.from_pretrained("zoo:{name}")`, or transformers\' `{card["class"]}.from_pretrained` '
-        "on this folder."
-    ]
-    count = card["data"]["entities"]
-    lines += ["", "## What it is", ""]
-    lines += [f"- {part}: {size:,} parameters" for part, size in card["parameters"].items()]
-    lines += [
-        f"- World: {count['country']} countries (flags), {count['animal']} animals and {count['food']} foods "
-        f"(emoji); {card['data']['facts']} true facts in {len(card['data']['tasks'])} tasks: "
-        + ", ".join(f"`{task}`" for task in card["data"]["tasks"])
-        + ".",
-        f"- {card['data']['note']}",
+    return [
+        f"# {name}",
         "",
+        card["about"],
+        "",
+        f'`interp.VLM.from_pretrained("zoo:{name}")`, or transformers\' `{card["class"]}.from_pretrained` '
+        "on this folder.",
+        "",
+    ]
+
+
+def _what_it_is(card: dict[str, Any]) -> list[str]:
+    data = card["data"]
+    count = data["entities"]
+    return [
+        "## What it is",
+        "",
+        *(f"- {part}: {size:,} parameters" for part, size in card["parameters"].items()),
+        f"- World: {count['country']} countries (flags), {count['animal']} animals and {count['food']} foods "
+        f"(emoji); {data['facts']} true facts in {len(data['tasks'])} tasks: "
+        + ", ".join(f"`{task}`" for task in data["tasks"])
+        + ".",
+        f"- {data['note']}",
+        "",
+    ]
+
+
+def _training(card: dict[str, Any]) -> list[str]:
+    recipe = card["recipe"]
+    return [
         "## How it was trained",
         "",
         f"`python -m interp.zoo.train {recipe['arguments']}`, seed {recipe['seed']}, from nothing. Rows of "
@@ -186,18 +212,28 @@ def markdown(card: dict[str, Any]) -> str:
         f"{NOT_APPLICABLE}. {recipe['late_task_rows_of_last_stage_with_a_query_without_task']:.0%} of the late-task "
         "rows begin with a query that states no task at all; its answer is the same.",
         "",
+        *_stages(recipe["stages"]),
+        "",
+    ]
+
+
+def _stages(stages: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
         "| stage | steps | batch | peak learning rates | seed | minutes | threads |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for stage in recipe["stages"]:
+    for stage in stages:
         rates = ", ".join(f"{rate:g}" for rate in stage["rates"])
         lines.append(
             f"| {stage['name']} | {stage['steps']} | {stage['batch']} | {rates} | {stage['seed']} "
             f"| {stage['seconds'] / 60:.1f} | {stage['threads']} |"
         )
+    return lines
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
     tasks = figures["tasks"]
-    lines += [
-        "",
+    return [
         "## How well it does",
         "",
         f"Metric: {figures['metric']}. {figures['shots']} shots from validation entities; seeds "
@@ -205,16 +241,7 @@ def markdown(card: dict[str, Any]) -> str:
         + ", ".join(f"{size} {category}" for category, size in figures["test_items"].items())
         + ".",
         "",
-        "| prompt | mean | exact | " + " | ".join(tasks) + " |",
-        "| --- " * (3 + len(tasks)) + "|",
-    ]
-
-    def row(label: str, entry: dict[str, Any]) -> str:
-        cells = [entry["first_token"], entry["exact"], *(entry["by_task"][task] for task in tasks)]
-        return f"| {label} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
-
-    lines += [row(label, entry) for label, entry in figures["prompts"].items()]
-    lines += [
+        *_accuracies("prompt", figures["prompts"], tasks),
         "",
         f"Task vectors: block {figures['patch_layer']}'s output at the last token of a bare query is "
         f"replaced by a vector (mean over {figures['prompts_per_vector']} prompts). The layer was chosen on "
@@ -222,28 +249,33 @@ def markdown(card: dict[str, Any]) -> str:
         f"{RANDOM_DRAWS} draws for each task and seed); other category: mean over the four tasks of the paper "
         "that are about something else.",
         "",
-        "| vector -> query | mean | exact | " + " | ".join(tasks) + " |",
-        "| --- " * (3 + len(tasks)) + "|",
-    ]
-    lines += [row(label, entry) for label, entry in figures["patches"].items()]
-    depth = len(next(iter(figures["validation_by_layer"].values())))
-    lines += [
+        *_accuracies("vector -> query", figures["patches"], tasks),
         "",
         "The same by layer, on validation entities. A vector works as long as the entity is looked up in "
         "later blocks; where the first layers already do as well as any, the task is readable at once from "
         "the answers of the examples, and only the look-up is deep.",
         "",
+        *_by_layer(figures["validation_by_layer"]),
+        "",
+    ]
+
+
+def _accuracies(what: str, entries: dict[str, dict[str, Any]], tasks: Sequence[str]) -> list[str]:
+    lines = [f"| {what} | mean | exact | " + " | ".join(tasks) + " |", "| --- " * (3 + len(tasks)) + "|"]
+    for label, entry in entries.items():
+        cells = [entry["first_token"], entry["exact"], *(entry["by_task"][task] for task in tasks)]
+        lines.append(f"| {label} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return lines
+
+
+def _by_layer(accuracies: dict[str, Sequence[float]]) -> list[str]:
+    depth = len(next(iter(accuracies.values())))
+    return [
         "| vector -> query | " + " | ".join(str(layer) for layer in range(depth)) + " |",
         "| --- " * (1 + depth) + "|",
+        *(f"| {label} | " + " | ".join(f"{value:.2f}" for value in row) + " |" for label, row in accuracies.items()),
     ]
-    lines += [
-        f"| {label} | " + " | ".join(f"{value:.2f}" for value in values) + " |"
-        for label, values in figures["validation_by_layer"].items()
-    ]
-    lines += [
-        "",
-        "## Licences",
-        "",
-    ]
-    lines += [f"- {what}: {licence}" for what, licence in card["licence"].items()]
-    return "\n".join(lines) + "\n"
+
+
+def _licences(card: dict[str, Any]) -> list[str]:
+    return ["## Licences", "", *(f"- {what}: {licence}" for what, licence in card["licence"].items())]

@@ -145,10 +145,6 @@ def limits(card: dict[str, Any]) -> list[str]:
     return known
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
 def markdown(card: dict[str, Any]) -> str:
     """The card as a page for people.
 
@@ -158,9 +154,25 @@ def markdown(card: dict[str, Any]) -> str:
     Returns:
         The page in Markdown.
     """
-    figures, recipe, data, metrics = card["figures"], card["recipe"], card["data"], card["metrics"]
-    measured = figures["measured_on"]
     lines = [
+        *_about(card),
+        *_what_it_is(card),
+        *_training(card["recipe"]),
+        *_measured(card),
+        "## Limits",
+        "",
+        *(f"- {limit}" for limit in limits(card)),
+        "",
+        "## Licences",
+        "",
+        *(f"- {what}: {licence}" for what, licence in card["licence"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _about(card: dict[str, Any]) -> list[str]:
+    measured = card["figures"]["measured_on"]
+    return [
         f"# {card['name']}",
         "",
         card["about"],
@@ -173,11 +185,15 @@ def markdown(card: dict[str, Any]) -> str:
         f"The captions of {ROWS * COLUMNS} scenes drawn from seed {SAMPLE_SEED}, and what the model makes of them at "
         f"guidance {GUIDANCE:g} in {measured['steps']} steps. None was chosen.",
         "",
+    ]
+
+
+def _what_it_is(card: dict[str, Any]) -> list[str]:
+    data = card["data"]
+    return [
         "## What it is",
         "",
-    ]
-    lines += [f"- {part}: {size:,} parameters" for part, size in card["parameters"].items()]
-    lines += [
+        *(f"- {part}: {size:,} parameters" for part, size in card["parameters"].items()),
         f"- 64×64 pixels, latents of 4×16×16. World: {len(data['species'])} species ({', '.join(data['species'])}), "
         f"{len(data['colours'])} colours of body, head and legs ({', '.join(data['colours'])}), "
         f"{len(data['backgrounds'])} backgrounds ({', '.join(data['backgrounds'])}), facing left or right.",
@@ -185,6 +201,11 @@ def markdown(card: dict[str, Any]) -> str:
         + "; ".join(f"“{form}”" for form in data["captions"])
         + ".",
         "",
+    ]
+
+
+def _training(recipe: dict[str, Any]) -> list[str]:
+    return [
         "## How it was trained",
         "",
         f"`python -m interp.zoo.diffusion.train`, from nothing: the autoencoder on {recipe['pictures']:,} rendered "
@@ -193,9 +214,15 @@ def markdown(card: dict[str, Any]) -> str:
         f"The classifier that measures the model learned from {recipe['classified']:,} other pictures (seed "
         f"{recipe['classified_seed']}).",
         "",
+        *_stages([recipe[name] for name in ("autoencoder", "denoiser", "decoder", "classifier")]),
+        "",
+        "![Training losses](figures/learning.png)",
+        "",
     ]
-    stages = [recipe[name] for name in ("autoencoder", "denoiser", "decoder", "classifier")]
-    lines += _table(
+
+
+def _stages(stages: list[dict[str, Any]]) -> list[str]:
+    return _table(
         ["stage", "steps", "batch", "peak learning rate", "seed", "minutes", "threads", "final training loss"],
         [
             [
@@ -211,10 +238,12 @@ def markdown(card: dict[str, Any]) -> str:
             for stage in stages
         ],
     )
-    lines += [
-        "",
-        "![Training losses](figures/learning.png)",
-        "",
+
+
+def _measured(card: dict[str, Any]) -> list[str]:
+    figures, metrics = card["figures"], card["metrics"]
+    measured = figures["measured_on"]
+    return [
         "## How well it does",
         "",
         f"Every scene below is drawn from seeds that no training used. {measured['captions']} captions for each "
@@ -224,45 +253,55 @@ def markdown(card: dict[str, Any]) -> str:
         "",
         f"**Captions**: {metrics['generated']}. The last two rows say how good the classifier is itself.",
         "",
-    ]
-    fields = [*FIELDS, "all"]
-    shown = {**figures["generated"], **{f"classifier on {name}": row for name, row in figures["classifier"].items()}}
-    chance = [1 / len(options) for options in FIELDS.values()]
-    lines += _table(
-        ["", *fields],
-        [
-            *([name, *(f"{row[field]:.3f}" for field in fields)] for name, row in shown.items()),
-            ["one option in so many", *(f"{share:.3f}" for share in chance), ""],
-        ],
-    )
-    lines += ["", f"**Denoising loss**: {metrics['denoising_loss']}.", ""]
-    width = 1000 // BINS
-    lines += _table(
-        ["timesteps", *(f"{low}–{low + width - 1}" for low in range(0, 1000, width))],
-        [[name, *(f"{loss:.4f}" for loss in losses)] for name, losses in figures["denoising_loss"].items()],
-    )
-    lines += ["", f"**Novelty**: {metrics['nearest_training_picture']}.", ""]
-    lines += _table(
-        ["", "", "smallest", "5th percentile", "median"],
-        [
-            [space, name, *(f"{value:.4f}" for value in row.values())]
-            for space, rows in figures["nearest_training_picture"].items()
-            for name, row in rows.items()
-        ],
-    )
-    lines += [
+        *_captions(figures),
+        "",
+        f"**Denoising loss**: {metrics['denoising_loss']}.",
+        "",
+        *_losses(figures["denoising_loss"]),
+        "",
+        f"**Novelty**: {metrics['nearest_training_picture']}.",
+        "",
+        *_novelty(figures["nearest_training_picture"]),
         "",
         f"**Reconstruction**: PSNR {figures['psnr']:.1f} dB on held-out pictures; "
         f"{figures['psnr_before_the_decoder_learned_alone']:.1f} dB before the decoder learned alone.",
         "",
         "![Held-out pictures and their reconstructions](figures/reconstructions.png)",
         "",
-        "## Limits",
-        "",
-        *(f"- {limit}" for limit in limits(card)),
-        "",
-        "## Licences",
-        "",
     ]
-    lines += [f"- {what}: {licence}" for what, licence in card["licence"].items()]
-    return "\n".join(lines) + "\n"
+
+
+def _captions(figures: dict[str, Any]) -> list[str]:
+    fields = [*FIELDS, "all"]
+    shown = {**figures["generated"], **{f"classifier on {name}": row for name, row in figures["classifier"].items()}}
+    chance = [1 / len(options) for options in FIELDS.values()]
+    return _table(
+        ["", *fields],
+        [
+            *([name, *(f"{row[field]:.3f}" for field in fields)] for name, row in shown.items()),
+            ["one option in so many", *(f"{share:.3f}" for share in chance), ""],
+        ],
+    )
+
+
+def _losses(by_predictor: dict[str, list[float]]) -> list[str]:
+    width = 1000 // BINS
+    return _table(
+        ["timesteps", *(f"{low}–{low + width - 1}" for low in range(0, 1000, width))],
+        [[name, *(f"{loss:.4f}" for loss in losses)] for name, losses in by_predictor.items()],
+    )
+
+
+def _novelty(by_space: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    return _table(
+        ["", "", "smallest", "5th percentile", "median"],
+        [
+            [space, name, *(f"{value:.4f}" for value in row.values())]
+            for space, rows in by_space.items()
+            for name, row in rows.items()
+        ],
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
