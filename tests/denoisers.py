@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from interp.sites import Place
 from tests import tiny_diffusion as tiny
 
 TEXT = 5
+BRANCH = "up.1.resnets.2.hook_branch"  # a feature map in the middle of a UNet
 
 
 class Bench:
@@ -115,6 +117,12 @@ class Bench:
     def edited(self, *edits: Edit, **options: Any) -> Tensor:
         with self.session(edits=edits):
             return self(**options)
+
+
+@cache
+def bench(family: str) -> Bench:
+    """One family's bench, made once."""
+    return Bench(family)
 
 
 @contextmanager

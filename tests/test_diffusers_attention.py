@@ -1,7 +1,6 @@
 """Attention probabilities in diffusers' models: under every processor, and only where they are touched."""
 
 from contextlib import contextmanager
-from functools import cache
 from threading import Thread
 
 import pytest
@@ -13,14 +12,9 @@ from interp import Add, Function, Replace, Scale, Zero
 from interp.errors import SiteUnavailableError
 from interp.regions import Region
 from interp.selection import Where
-from tests.denoisers import Bench, by_hand, state_of
+from tests.denoisers import Bench, bench, by_hand, state_of
 
 FAMILIES = ("unet", "sdxl", "sd3", "flux", "pixart")
-
-
-@cache
-def bench(family: str) -> Bench:
-    return Bench(family)
 
 
 @pytest.fixture(autouse=True)
