@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp.errors import InputError, ShapeError, UnknownNameError, nearest
 from interp.hooks import Tap, gradients_of
+from interp.saved_files import check_saved, saved_files
 from interp.sites import match, parse
 
 
@@ -161,7 +162,7 @@ class Activations(Mapping):
 
     def save(self, path: str | Path) -> None:
         """Write the tensors to ``path.safetensors`` and the axes beside them to ``path.json``."""
-        tensors_file, about_file = _files(path)
+        tensors_file, about_file = saved_files(path)
         tensors_file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{site}#{i}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -181,10 +182,9 @@ class Activations(Mapping):
         Raises:
             InputError: a file is missing or damaged.
         """
-        tensors_file, about_file = _files(path)
-        for file in (tensors_file, about_file):
-            if not file.is_file():
-                raise InputError(f"no activations at {str(file)!r}: a saved set is a .safetensors and a .json file")
+        tensors_file, about_file = saved_files(path)
+        missing = "no activations at {!r}: a saved set is a .safetensors and a .json file"
+        check_saved((tensors_file, about_file), missing)
         try:
             tensors = load_file(tensors_file)
             about = json.loads(about_file.read_text())
@@ -193,11 +193,6 @@ class Activations(Mapping):
             return cls(calls, {site: tuple(a["axes"]) for site, a in about.items()}, stepped=stepped)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"the activations at {str(path)!r} are damaged: {error}") from error
-
-
-def _files(path: str | Path) -> tuple[Path, Path]:
-    stem = str(path).removesuffix(".safetensors").removesuffix(".json")
-    return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
 
 
 def from_taps(taps: list[Tap], output: Any = None, *, stepped: bool = False) -> Activations:

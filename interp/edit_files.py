@@ -25,6 +25,7 @@ from interp.edits import (
 from interp.errors import InputError, nearest
 from interp.positions import PerRow
 from interp.regions import Region
+from interp.saved_files import check_saved, saved_files
 
 _KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind for kind in (Add, Interpolate, MeanAblate, Project, Replace, Resample, Scale, Zero)
@@ -58,7 +59,7 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path) -> None:
             else:
                 entry[f.name] = _plain(value, edit)
         about.append(entry)
-    json_file, tensors_file = _files(path)
+    tensors_file, json_file = saved_files(path)
     json_file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, tensors_file)
     json_file.write_text(json.dumps(about, indent=1))
@@ -73,10 +74,8 @@ def load_edits(path: str | Path) -> list[Edit]:
     Raises:
         InputError: a file is missing or damaged.
     """
-    json_file, tensors_file = _files(path)
-    for file in (json_file, tensors_file):
-        if not file.is_file():
-            raise InputError(f"no edits at {str(file)!r}: saved edits are a .json and a .safetensors file")
+    tensors_file, json_file = saved_files(path)
+    check_saved((json_file, tensors_file), "no edits at {!r}: saved edits are a .json and a .safetensors file")
     try:
         about = json.loads(json_file.read_text())
         tensors = load_file(tensors_file)
@@ -139,8 +138,3 @@ def _restored(value: Any) -> Any:
 
 def _per_row(parts: list[Any]) -> PerRow:
     return PerRow(tuple(parts))
-
-
-def _files(path: str | Path) -> tuple[Path, Path]:
-    stem = str(path).removesuffix(".safetensors").removesuffix(".json")
-    return Path(f"{stem}.json"), Path(f"{stem}.safetensors")

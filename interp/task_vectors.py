@@ -25,6 +25,7 @@ from interp.inputs import PromptLike
 from interp.models.vlm import VLM
 from interp.progress import track
 from interp.prompts import READ_AT, ReadAt, Template
+from interp.saved_files import check_saved, saved_files
 from interp.task_prompts import instruction_prompt, specification_prompts
 from interp.tasks import Draw, Modality, Task, draw_exemplars, shuffled_labels
 
@@ -134,7 +135,7 @@ class TaskVectors:
         Returns:
             The path of the safetensors file.
         """
-        file, about = _files(path)
+        file, about = saved_files(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"task_vectors": self.per_prompt.contiguous()}, file)
         about.write_text(json.dumps(dict(self.metadata), indent=1))
@@ -150,10 +151,8 @@ class TaskVectors:
         Raises:
             InputError: a missing or corrupt file, or one that holds something else.
         """
-        file, about = _files(path)
-        for needed in (file, about):
-            if not needed.is_file():
-                raise InputError(f"no task vectors at {needed}: a saved set is a .safetensors and a .json file")
+        file, about = saved_files(path)
+        check_saved((file, about), "no task vectors at {}: a saved set is a .safetensors and a .json file")
         try:
             tensors = load_file(file)
             metadata = json.loads(about.read_text())
@@ -164,13 +163,6 @@ class TaskVectors:
         if not isinstance(metadata, dict):
             raise InputError(f"{about} holds a {type(metadata).__name__}, not the metadata of task vectors")
         return cls(tensors["task_vectors"].float(), metadata)
-
-
-def _files(path: str | Path) -> tuple[Path, Path]:
-    """The two files of a saved set; a name may hold dots of its own."""
-    path = Path(path)
-    stem = path.name.removesuffix(".safetensors").removesuffix(".json")
-    return path.with_name(stem + ".safetensors"), path.with_name(stem + ".json")
 
 
 def read(

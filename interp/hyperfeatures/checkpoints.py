@@ -15,6 +15,7 @@ from interp.hyperfeatures.network import AggregationNetwork
 from interp.hyperfeatures.presets import timesteps_of
 from interp.hyperfeatures.spec import NOISE, FeatureSpec
 from interp.models.diffusion import Diffusion
+from interp.saved_files import check_saved, saved_files
 
 FORMAT = "interp aggregation network"
 VERSION = 1
@@ -103,7 +104,7 @@ def save(net: AggregationNetwork, path: str | Path, spec: FeatureSpec, about: Ab
     if not spec.timesteps:
         raise InputError("a checkpoint states its timesteps: take a spec from interp.hyperfeatures.presets")
     _fits(net, spec)
-    weights, description = _files(path)
+    weights, description = saved_files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in net.state_dict().items()}
     content = {
@@ -130,10 +131,8 @@ def load(path: str | Path) -> Checkpoint:
     Raises:
         InputError: a file is missing, damaged or of another kind.
     """
-    weights, description = _files(path)
-    for file in (weights, description):
-        if not file.is_file():
-            raise InputError(f"no checkpoint at {str(file)!r}: it is a .safetensors and a .json file")
+    weights, description = saved_files(path)
+    check_saved((weights, description), "no checkpoint at {!r}: it is a .safetensors and a .json file")
     try:
         content = json.loads(description.read_text(encoding="utf-8"))
         kind = (content.get("format"), content.get("version"))
@@ -178,8 +177,3 @@ def _same(name: str, ours: Any, others: Any, where: list[str] | None = None) -> 
             raise InputError(f"{name}{place} is {our!r} in the checkpoint, but {other!r} here")
     if len(ours) != len(others):
         raise InputError(f"the checkpoint has {len(ours)} {name}s, not {len(others)}")
-
-
-def _files(path: str | Path) -> tuple[Path, Path]:
-    stem = str(path).removesuffix(".safetensors").removesuffix(".json")
-    return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
