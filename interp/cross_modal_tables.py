@@ -59,6 +59,10 @@ def summary(
     Returns:
         One row per query modality and condition; ``low`` and ``high`` are the 95 % bootstrap interval of ``average``
         over seeds and items.
+
+    Raises:
+        InputError: no tasks.
+        ShapeError: a task with fewer than two items.
     """
     groups: dict[tuple[str, str, str], dict[str, Result]] = {}
     for result in results:
@@ -147,6 +151,10 @@ def exact_answers(
 
     Returns:
         Accuracy by (query, kind, condition).
+
+    Raises:
+        InputError: a layer that the vectors do not have, a prompt that is too long, or a model without a tokenizer.
+        ShapeError: vectors of another model.
     """
     found: dict[tuple[str, str, str], list[float]] = {}
     for result in (r for r in results if r.kind != "control"):

@@ -42,6 +42,10 @@ def logit_lens(vlm: VLM, inputs: Mapping[str, Any], at: Any = "last") -> Float[T
 
     Returns:
         Float32 logits; the last layer's are the model's own.
+
+    Raises:
+        InputError: a position that is several tokens.
+        UnknownNameError: a position that a row lacks.
     """
     acts = vlm.capture(inputs, "blocks.*.hook_resid_post", at=at)
     residual = acts.stack("hook_resid_post")
@@ -61,6 +65,9 @@ def phases(
 
     Returns:
         For every phase the probability of its token.
+
+    Raises:
+        ShapeError: another number of tokens than of rows.
 
     Source: Luo et al. 2025, figure "token representation evolution": input, then task, then answer.
     """
@@ -87,6 +94,10 @@ def decode(vlm: VLM, vector: Float[Tensor, " d_model"], k: int = 5) -> list[tupl
 
     Returns:
         Token texts with their probabilities, likeliest first.
+
+    Raises:
+        InputError: a model without a tokenizer.
+        ShapeError: a vector of another width.
     """
     if vlm.tokenizer is None:
         raise InputError("decoding needs a tokenizer: VLM(model, processor)")

@@ -66,6 +66,9 @@ def score_first_token(
         items: what each query asks for; any of an item's answers counts for ``prefix``.
         case_sensitive: whether ``prefix`` is.
 
+    Raises:
+        InputError: another number of items or prompts than of queries, or an answer without a first token of its own.
+
     Source: Luo et al. 2025, official metric; rank as in Todd et al. 2024.
     """
     if len(items) != logits.shape[-2] or len(prompts) != len(items):
@@ -100,6 +103,10 @@ def score_prompts(vlm: VLM, prompts: Sequence[PromptLike], items: Sequence[Item]
         prompts: one per item; they end where the answer begins.
         items: what each asks for.
         batch_size: prompts per forward.
+
+    Raises:
+        InputError: no prompts, another number of items, a prompt that cannot be read, or an answer without a first
+            token of its own.
     """
     parts = []
     for chunk in _chunks(prompts, items, batch_size):
@@ -137,7 +144,8 @@ def score_patches(
 
     Raises:
         ShapeError: vectors of another width or depth; nothing has run then.
-        InputError: no vectors, or a layer that does not exist.
+        InputError: no vectors, a layer that does not exist, no prompts, another number of items, a prompt that cannot
+            be read, or an answer without a first token of its own.
     """
     if not vectors:
         raise InputError("no task vectors to transfer")
@@ -169,6 +177,11 @@ def generate_answers(
         edits: in force for each batch, applied at prefill.
         max_new_tokens: at most.
         batch_size: prompts per generation.
+
+    Raises:
+        InputError: a prompt that cannot be read or is too long, or a model without a tokenizer.
+        UnknownNameError, SiteUnavailableError, ShapeError: bad sites, positions or values of edits.
+        NeverFiredError: an edit that changed nothing.
     """
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):

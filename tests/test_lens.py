@@ -6,7 +6,7 @@ import torch
 from interp import lens
 from interp.errors import InputError, ShapeError
 from interp.prompts import few_shot
-from tests.worded import image, llava
+from tests.worded import image, llava, other_llama
 
 
 def prompts():
@@ -40,6 +40,17 @@ def test_inner_layers_are_norm_and_unembedding_of_hidden_states():
         states = vlm(inputs, output_hidden_states=True).hidden_states
         expected = vlm.model.lm_head(vlm.model.model.language_model.norm(states[2][:, -1]))
     torch.testing.assert_close(lens.logit_lens(vlm, inputs)[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_a_model_in_half_precision_are_float32():
+    vlm = other_llama()
+    vlm.model.bfloat16()
+    residual = torch.randn(2, 3, vlm.d_model, generator=torch.Generator().manual_seed(0))
+    found = lens.unembed(vlm, residual)
+    with torch.no_grad():
+        expected = vlm.model.lm_head(vlm.model.model.norm(residual.bfloat16()))
+    assert expected.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert torch.equal(found, expected.float())
 
 
 def test_phases_are_probabilities_of_the_given_tokens():

@@ -7,6 +7,7 @@ from interp import Add, Replace, Zero
 from interp.errors import InputError, ShapeError
 from tests import tiny
 from tests.plain import greedy_without_cache, writing
+from tests.worded import other_llama
 
 KERNELS = ["sdpa", "eager"]
 STEPS = 4
@@ -201,3 +202,41 @@ def test_bad_calls() -> None:
 def test_return_dict_in_generate_still_gives_the_new_tokens() -> None:
     vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
     assert torch.equal(generate(vlm, inputs, return_dict_in_generate=True), generate(vlm, inputs))
+
+
+@pytest.mark.parametrize(("options", "want"), [({}, (None, None, None)), ({"do_sample": True}, (0.7, 0.8, 3))])
+def test_sampling_settings_of_a_checkpoint_hold_where_tokens_are_sampled_and_nowhere_else(options, want) -> None:
+    vlm = tiny.VLM(tiny.llama())
+    inputs, config, used = tiny.text_inputs(), vlm.model.generation_config, []
+    config.do_sample, config.temperature, config.top_p, config.top_k = True, 0.7, 0.8, 3
+
+    def decode(model, input_ids, generation_config, **arguments):
+        used.append((generation_config.temperature, generation_config.top_p, generation_config.top_k))
+        return input_ids
+
+    vlm.generate(inputs, custom_generate=decode, **options)
+    assert used == [want]
+    config.eos_token_id = None
+    with torch.no_grad():
+        clean = greedy_without_cache(vlm.model, inputs, STEPS)
+    assert torch.equal(vlm.generate(inputs, max_new_tokens=STEPS), clean)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_tokenizer", "want"),
+    [(7, "<pad>", 7), (None, "<pad>", 3), (None, None, 2)],
+    ids=["the model's own", "the tokenizer's", "the tokenizer's end of text"],
+)
+def test_rows_that_end_early_are_filled_with_padding(of_model, of_tokenizer, want) -> None:
+    vlm = other_llama()
+    inputs = vlm.prepare(["Q:France\nA:", "the fox"])
+    config = vlm.model.generation_config
+    config.eos_token_id, config.pad_token_id = None, 3
+    free = generate(vlm, inputs)
+    # Ends the first row at once; transformers alone would fill with it.
+    config.eos_token_id, config.pad_token_id = int(free[0, 0]), of_model
+    assert config.eos_token_id not in (*free[1].tolist(), 2, 3, 7)
+    vlm.tokenizer.pad_token = of_tokenizer
+    got = vlm.generate(inputs, max_new_tokens=STEPS)
+    assert got[0].tolist() == [config.eos_token_id, *[want] * (STEPS - 1)]
+    assert torch.equal(got[1], free[1])
