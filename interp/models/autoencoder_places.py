@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from interp.sites import SPATIAL, Place
+from interp.sites import SPATIAL, Place, Side
 
 Found = Iterator[tuple[Place, str | None]]
 Modules = dict[str, nn.Module]
 
 
-def spatial(site: str, path: str, side: str, width: Any) -> tuple[Place, None]:
+def spatial(site: str, path: str, side: Side, width: Any) -> tuple[Place, None]:
     """A feature map."""
-    return Place(site, path, side, SPATIAL, layout="grid", width=width), None  # type: ignore[arg-type]
+    return Place(site, path, side, SPATIAL, layout="grid", width=width), None
 
 
 def resnet_places(modules: Modules, name: str, path: str) -> Found:

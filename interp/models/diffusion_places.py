@@ -21,7 +21,7 @@ from interp.models.autoencoder_places import (
 )
 from interp.models.families.base import Stack
 from interp.models.places import PlaceMap, stack_places, width_of
-from interp.sites import HEADS, NEURONS, PATTERN, RESIDUAL, SPATIAL, VECTOR, ImageTokens, Part, Place
+from interp.sites import HEADS, NEURONS, PATTERN, RESIDUAL, SPATIAL, VECTOR, ImageTokens, Part, Place, Side
 
 # Transformer classes whose blocks attend to text and image together, and which tokens are the image's.
 _JOINT: dict[str, ImageTokens] = {"SD3Transformer2DModel": "first", "FluxTransformer2DModel": "last"}
@@ -121,9 +121,18 @@ def _without_effect(modules: Modules, pipeline: Any, found: dict[str, Place]) ->
 # ---------------------------------------------------------------- pieces that denoisers share
 
 
-def _tokens(site: str, path: str, side: str, width: Any, image: ImageTokens | None, **more: Any) -> tuple[Place, None]:
-    axes = more.pop("axes", RESIDUAL)
-    return Place(site, path, side, axes, width=width, image_tokens=image, **more), None  # type: ignore[arg-type]
+def _tokens(
+    site: str,
+    path: str,
+    side: Side,
+    width: int | None,
+    image: ImageTokens | None,
+    *,
+    axes: tuple[str, ...] = RESIDUAL,
+    n_heads: int | None = None,
+    element: int | str | None = None,
+) -> tuple[Place, None]:
+    return Place(site, path, side, axes, n_heads, width=width, element=element, image_tokens=image), None
 
 
 def _attention_places(
@@ -138,8 +147,7 @@ def _attention_places(
         queries: which of its queries are cells of the image.
         keys: which of its keys are.
     """
-    attention: Any = modules[path]
-    heads, out = int(attention.heads), f"{path}.to_out.0"
+    heads, out = _n_heads(modules, path), f"{path}.to_out.0"
     for letter, image in (("q", queries), ("k", keys), ("v", keys)):
         projection = f"{path}.to_{letter}"
         if projection in modules:
@@ -152,7 +160,12 @@ def _attention_places(
         yield _tokens(f"{name}.hook_out", path, "output", width_of(modules[out], "out"), queries)
 
 
-def _heads(site: str, path: str, side: str, heads: int, width: int, image: ImageTokens | None) -> tuple[Place, None]:
+def _n_heads(modules: Modules, path: str) -> int:
+    attention: Any = modules[path]
+    return int(attention.heads)
+
+
+def _heads(site: str, path: str, side: Side, heads: int, width: int, image: ImageTokens | None) -> tuple[Place, None]:
     return _tokens(site, path, side, width // heads, image, axes=HEADS, n_heads=heads)
 
 
@@ -244,7 +257,7 @@ def _transformer_places(modules: Modules, path: str, order: ImageTokens | None) 
     yield ends("hook_out", path, "output", _final_width(modules, path, packed))
 
 
-def _packed(site: str, path: str, side: str, width: Any) -> tuple[Place, None]:
+def _packed(site: str, path: str, side: Side, width: int | None) -> tuple[Place, None]:
     return _tokens(site, path, side, width, "all")
 
 
@@ -264,7 +277,7 @@ def _pixart_block(modules: Modules, name: str, path: str, width: int) -> Found:
 def _joint_block(modules: Modules, name: str, path: str, width: int, order: ImageTokens) -> Found:
     """A block with a stream of the image and one of the text, which attend together (SD3, Flux)."""
     attention = f"{path}.attn"
-    heads = int(modules[attention].heads)  # type: ignore[arg-type]
+    heads = _n_heads(modules, attention)
     text = f"{name}.context"
     yield _tokens(f"{name}.hook_resid_pre", path, "input", width, "all")
     yield _tokens(f"{text}.hook_resid_pre", path, "input", width, None, element="encoder_hidden_states")
@@ -281,24 +294,23 @@ def _joint_block(modules: Modules, name: str, path: str, width: int, order: Imag
     yield from _mlp_places(modules, name, path, "ff", "all")
     ends = f"{attention}.to_add_out" not in modules
     reason = "the text stream ends in this block, which does not compute it further" if ends else None
-    for leaf, inner, side, more in (
-        ("hook_z", f"{attention}.to_add_out", "input", {"axes": HEADS, "n_heads": heads}),
-        ("hook_attn_out", attention, "output", {"element": 1}),
-        ("mlp.hook_post", f"{path}.ff_context.net.2", "input", {"axes": NEURONS}),
-        ("hook_mlp_out", f"{path}.ff_context", "output", {}),
-        ("hook_resid_post", path, "output", {}),
+    last = f"{path}.ff_context.net.2"
+    d_mlp = width_of(modules[last], "in") if last in modules else width
+    for place, _ in (
+        _heads(f"{text}.hook_z", f"{attention}.to_add_out", "input", heads, width, None),
+        _tokens(f"{text}.hook_attn_out", attention, "output", width, None, element=1),
+        _tokens(f"{text}.mlp.hook_post", last, "input", d_mlp, None, axes=NEURONS),
+        _tokens(f"{text}.hook_mlp_out", f"{path}.ff_context", "output", width, None),
+        _tokens(f"{text}.hook_resid_post", path, "output", width, None),
     ):
-        d = width // heads if leaf == "hook_z" else width
-        if leaf == "mlp.hook_post" and inner in modules:
-            d = width_of(modules[inner], "in")
-        yield _tokens(f"{text}.{leaf}", inner, side, d, None, **more)[0], reason
+        yield place, reason
     yield _tokens(f"{name}.hook_resid_post", path, "output", width, "all", element=1)
 
 
 def _single_block(modules: Modules, name: str, path: str, width: int) -> Found:
     """A Flux block that keeps text and image tokens, in this order, in one sequence."""
     attention = f"{path}.attn"
-    heads = int(modules[attention].heads)  # type: ignore[arg-type]
+    heads = _n_heads(modules, attention)
     yield _tokens(f"{name}.hook_resid_pre", path, "input", width, "all")
     yield _tokens(f"{name}.context.hook_resid_pre", path, "input", width, None, element="encoder_hidden_states")
     yield from _attention_places(modules, f"{name}.attn", attention, "last", "last")
