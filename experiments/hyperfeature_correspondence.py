@@ -35,10 +35,13 @@ def run(
     process_steps: Annotated[int, typer.Option(min=2, help="Denoiser calls of a process; 50 in the paper.")] = 50,
     folds: Annotated[int, typer.Option(min=1, max=3, help="Creatures: how many times two species are held out.")] = 3,
     train_pairs: Annotated[int, typer.Option(min=1, help="Creatures: training pairs of each species.")] = 40,
-    test_pairs: Annotated[int, typer.Option(min=1, help="Creatures: test pairs of each species.")] = 30,
+    test_pairs: Annotated[int, typer.Option(min=1, help="Creatures: test pairs of each species.")] = 40,
+    grid: Annotated[int, typer.Option(min=0, help="Cells a side of the maps; 0: as many as the latents have.")] = 32,
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps at most, one pair each.")] = 600,
-    dim: Annotated[int, typer.Option(help="Channels of the descriptor, a multiple of 16; 384 in the paper.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps at most, one pair each; 5000 in the paper.")] = 400,
+    lr: Annotated[float, typer.Option(help="Learning rate; 0.001 in the paper.")] = 0.003,
+    mixing_lr: Annotated[float, typer.Option(help="Of the mixing weights; 0.001 in the paper.")] = 0.03,
+    dim: Annotated[int, typer.Option(help="Channels of the descriptor, a multiple of 16; 384 in the paper.")] = 64,
     device: Annotated[str, typer.Option(help="Such as 'cuda'; empty: the processor.")] = "",
     resume: Annotated[str, typer.Option(help="The folder of an interrupted run, to go on with its trainings.")] = "",
     out: Annotated[str, typer.Option(help="Where run folders are made.")] = "runs",
@@ -56,11 +59,13 @@ def run(
     else:
         sizes, size, held = {}, None, None
         splits = creature_splits(train_pairs, max(2, train_pairs // 8), test_pairs, FOLDS[:folds])
-    spec = presets.hyperfeatures(sd, steps=process_steps, **sizes)
+    cells = {"output_size": (grid, grid)} if grid else {}
+    spec = presets.hyperfeatures(sd, steps=process_steps, **sizes, **cells)
     width = dim // 4
     # Three channels a group, as in the paper, where they come out even.
     n_groups = width // 3 if width % 3 == 0 else width // 4
-    recipe = Recipe(dim=dim, width=width, n_groups=n_groups, steps=steps, validate_every=max(1, steps // 8))
+    network = {"dim": dim, "width": width, "n_groups": n_groups}
+    recipe = Recipe(**network, steps=steps, lr=lr, mixing_lr=mixing_lr, validate_every=max(1, steps // 4))
     seen = sum(n_seen(split) for split in splits)
     if seen:
         typer.echo(f"{seen} test pairs show images of training or validation: this is no measurement.")
@@ -85,7 +90,7 @@ def run(
         for name, figure in draw_all(sd, splits, spec, found, prompts).items():
             if not folder.is_done(name):
                 folder.save_figure(name, figure)
-        show(found, model)
+        show(found, model, splits)
         typer.echo(f"\nTables, figures and networks: {folder.folder}")
 
 
@@ -170,19 +175,26 @@ def creature_prompts(species: tuple[str, ...]) -> tuple[str, str]:
     return first, second
 
 
-def show(found: Comparison, model: str) -> None:
+TITLES = {"test": "species held out of training", "familiar": "species trained on, in other pictures"}
+
+
+def show(found: Comparison, model: str, splits: list[Split]) -> None:
     """Print PCK@0.1 by both bases, and what the main method gains."""
-    table = found.table().set_index(["method", "base"])
-    rows = []
-    for method in found.evaluations:
-        cells: list[object] = [method]
-        for base in ("img", "bbox"):
-            row = table.loc[(method, base)]
-            cells += [f"{row['pck']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
-        row = table.loc[(method, "bbox")]
-        cells.append(
-            "" if method == AGGREGATED else f"{row['gain']:+.3f} ({row['gain_low']:+.3f} to {row['gain_high']:+.3f})"
-        )
-        rows.append(cells)
     columns = ["PCK@0.1", "image", "95 % interval", "box", "95 % interval", "aggregated is better by (box)"]
-    tables.show(columns, rows, title=model)
+    table = found.table().set_index(["part", "method", "base"])
+    for part, evaluations in found.parts.items():
+        rows = []
+        for method in evaluations:
+            cells: list[object] = [method]
+            for base in ("img", "bbox"):
+                row = table.loc[(part, method, base)]
+                cells += [f"{row['pck']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+            row = table.loc[(part, method, "bbox")]
+            gain = f"{row['gain']:+.3f} ({row['gain_low']:+.3f} to {row['gain_high']:+.3f})"
+            rows.append([*cells, "" if method == AGGREGATED else gain])
+        tables.show(columns, rows, title=f"{model}: {TITLES[part]}" if splits[0].held_out else model)
+    if found.reconstruction is not None:
+        typer.echo(
+            "Generation features are those of the test images, inverted and generated again without a prompt: they "
+            f"come back with a mean squared error of {found.reconstruction:.1e} (of 1)."
+        )

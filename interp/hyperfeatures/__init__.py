@@ -7,22 +7,23 @@ aggregates as it goes, `stack` gives the maps themselves, `train` fits an `Aggre
 
 from interp.hyperfeatures import presets
 from interp.hyperfeatures.baselines import concatenate, single, singles
+from interp.hyperfeatures.bottleneck import Bottleneck
 from interp.hyperfeatures.cache import CachedStacks, cache
 from interp.hyperfeatures.checkpoints import About, Checkpoint, load, save
-from interp.hyperfeatures.features import add_noise, check_fit, extract, stack, stream
+from interp.hyperfeatures.features import add_noise, check_fit, extract, joined, layer_maps, stack, stream
+from interp.hyperfeatures.fitting import Training
 from interp.hyperfeatures.images import prepare
 from interp.hyperfeatures.loss import cell_index, scale_points, symmetric_cross_entropy
 from interp.hyperfeatures.network import (
     LOGIT_SCALE,
     Accumulator,
     AggregationNetwork,
-    Bottleneck,
     shape_of,
     without_wrapper,
 )
 from interp.hyperfeatures.official import load_official
 from interp.hyperfeatures.spec import FeatureSpec, calls, saved_indices
-from interp.hyperfeatures.training import Pair, Training, describe_stacks, train
+from interp.hyperfeatures.training import Pair, describe_stacks, train
 
 __all__ = [
     "LOGIT_SCALE",
@@ -43,6 +44,8 @@ __all__ = [
     "concatenate",
     "describe_stacks",
     "extract",
+    "joined",
+    "layer_maps",
     "load",
     "load_official",
     "prepare",

@@ -1,5 +1,6 @@
 """Stacks of feature maps on disk, one file per image, so that a training computes them once."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -77,13 +79,13 @@ def cache(
         The stacks, in the order of the images.
 
     Raises:
-        InputError: the folder holds stacks of another spec, model, batch or dtype; also as `stack`.
+        InputError: the folder holds stacks of other images, or of another spec, model, batch or dtype; also as `stack`.
 
     Source: Diffusion Hyperfeatures, official code (features in half precision).
     """
     home = Path(folder)
     asked = {"model": sd.name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "features": spec.to_json()}
-    _claim(home, asked)
+    _claim(home, asked | {"images": [_told(image) for image in images]})
     for start in track(range(0, len(images), batch), "caching features"):
         chunk = range(start, min(start + batch, len(images)))
         if all(_file(home, index).is_file() for index in chunk):
@@ -100,6 +102,19 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.safetensors"
 
 
+def _told(image: Any) -> str:
+    """What tells an image, prompt or noise from others: its pixels, its text, or the bytes of its file."""
+    if isinstance(image, Image.Image):
+        content = image.mode.encode() + repr(image.size).encode() + image.tobytes()
+    elif isinstance(image, Tensor):
+        content = repr(tuple(image.shape)).encode() + image.detach().float().cpu().contiguous().numpy().tobytes()
+    elif Path(image).is_file():
+        content = Path(image).read_bytes()
+    else:
+        content = str(image).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def _claim(folder: Path, asked: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     description = folder / DESCRIPTION
@@ -112,7 +127,15 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
         raise InputError(f"{str(description)!r} is damaged: {error}") from error
     flat_held, flat_asked = (one | one["features"] for one in (held, asked))
     for name, value in flat_asked.items():
-        if name != "features" and flat_held.get(name) != value:
+        if name not in ("features", "images") and flat_held.get(name) != value:
             raise InputError(
                 f"{str(folder)!r} holds stacks with {name} {flat_held.get(name)!r}, not {value!r}: take another folder"
             )
+    known, given = held.get("images", []), asked["images"]
+    for index, (before, now) in enumerate(zip(known, given, strict=False)):
+        if before != now:
+            raise InputError(
+                f"{str(folder)!r} holds stacks of other images, from image {index} on: take another folder"
+            )
+    if len(given) > len(known):
+        description.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")

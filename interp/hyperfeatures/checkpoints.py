@@ -167,6 +167,8 @@ def _fits(net: AggregationNetwork, spec: FeatureSpec) -> None:
     ):
         if of_net != of_spec:
             raise InputError(f"the network has {of_net} {name}, the spec {of_spec}")
+    if net.sites is not None:
+        _same("site", net.sites, spec.sites)
 
 
 def _same(name: str, ours: Any, others: Any, where: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from interp.correspondence.points import Size
 from interp.errors import InputError
 from interp.hyperfeatures import presets
 from interp.hyperfeatures.baselines import concatenate
+from interp.hyperfeatures.features import encoded
+from interp.hyperfeatures.fitting import Training
 from interp.hyperfeatures.images import prepare
 from interp.hyperfeatures.network import AggregationNetwork
 from interp.hyperfeatures.spec import GENERATION, FeatureSpec, calls
 from interp.hyperfeatures.study import (
+    Describe,
     Recipe,
     Split,
     Stacks,
@@ -32,7 +36,6 @@ from interp.hyperfeatures.study import (
     score,
     score_many,
 )
-from interp.hyperfeatures.training import Training
 from interp.models.diffusion import Diffusion
 from interp.progress import track
 
@@ -40,11 +43,14 @@ AGGREGATED = "aggregated hyperfeatures"
 ONE_STEP = "aggregated, one step"
 TRANSFER = "aggregated, on generation features"
 SINGLE = "best single layer and timestep"
+SINGLE_ON_TEST = "single layer and timestep, chosen on the test pairs"
 CONCATENATED = "all layers and timesteps concatenated"
 CONCATENATED_STEP = "all layers concatenated, best timestep"
 DIFT = "DIFT, best block"
 DIFT_PRESET = "DIFT, block 1"
 PIXELS = "pixels (9 × 9 patches)"
+TEST = "test"
+FAMILIAR = "familiar"
 BATCH = 32  # images inverted at a time
 
 
@@ -64,6 +70,8 @@ class Comparison:
 
     Attributes:
         evaluations: by method, one for each training seed; one alone for methods without training.
+        familiar: the same on the familiar pairs of the splits, other pictures of categories that were trained on; empty
+            where there are none.
         cells: one for each single (step, layer).
         chosen: what was chosen on validation pairs, by fold and method.
         fitted: the networks of the main method.
@@ -72,39 +80,49 @@ class Comparison:
     """
 
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
+    familiar: dict[str, list[Evaluation]] = field(default_factory=dict)
     cells: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
     chosen: list[dict[str, str]] = field(default_factory=list)
     fitted: list[Fitted] = field(default_factory=list)
     reconstruction: float | None = None
 
+    @property
+    def parts(self) -> dict[str, dict[str, list[Evaluation]]]:
+        """The evaluations by what was tested on: ``"test"`` and, where there are such pairs, ``"familiar"``."""
+        return {TEST: self.evaluations} | ({FAMILIAR: self.familiar} if self.familiar else {})
+
     def table(self) -> pd.DataFrame:
         """PCK@0.1 of every method with its interval, and by how much the main method is better, pair by pair.
 
         Returns:
-            One row for each method and base: method, base, pck, low, high, n_seeds, n_pairs, n_points, gain, gain_low,
-            gain_high. Intervals are over pairs, and over training seeds where there are several; missing (NaN) where
-            there is one pair only.
+            One row for each part, method and base: part, method, base, pck, low, high, n_seeds, n_pairs, n_points,
+            gain, gain_low, gain_high. Intervals are over pairs, and over training seeds where there are several;
+            missing (NaN) where there is one pair only.
 
         Source: Diffusion Hyperfeatures, table of PCK on SPair-71k.
         """
         rows = []
-        for method, runs in self.evaluations.items():
-            for base in BASES:
-                found = pck_interval(runs, base=base)
-                row = {"method": method, "base": base, "pck": found.mean, "low": found.low, "high": found.high}
-                row |= {"n_seeds": len(runs), "n_pairs": len(runs[0].results)}
-                row["n_points"] = sum(len(result.predicted) for result in runs[0].results)
-                if method != AGGREGATED:
-                    gain = compare(self.evaluations[AGGREGATED], runs, base=base)
-                    row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
-                rows.append(row)
+        for part, evaluations in self.parts.items():
+            for method, runs in evaluations.items():
+                for base in BASES:
+                    found = pck_interval(runs, base=base)
+                    row: dict[str, Any] = {"part": part, "method": method, "base": base}
+                    row |= {"pck": found.mean, "low": found.low, "high": found.high}
+                    row |= {"n_seeds": len(runs), "n_pairs": len(runs[0].results)}
+                    row["n_points"] = sum(len(result.predicted) for result in runs[0].results)
+                    if method != AGGREGATED:
+                        gain = compare(evaluations[AGGREGATED], runs, base=base)
+                        row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+                    rows.append(row)
         return pd.DataFrame(rows)
 
     def by_seed(self) -> pd.DataFrame:
-        """PCK@0.1 of every method for each training seed: method, seed, base, pck."""
+        """PCK@0.1 of every method for each training seed: part, method, seed, base, pck."""
         rows = [
-            {"method": method, "seed": seed, "base": base, "pck": pck_interval(run, base=base, n_resamples=1).mean}
-            for method, runs in self.evaluations.items()
+            {"part": part, "method": method, "seed": seed, "base": base}
+            | {"pck": pck_interval(run, base=base, n_resamples=1).mean}
+            for part, evaluations in self.parts.items()
+            for method, runs in evaluations.items()
             for seed, run in enumerate(runs)
             for base in BASES
         ]
@@ -181,73 +199,106 @@ def compare_methods(
         site: Stacks(sd, presets.dift(sd, block=index, **_images_of(spec)), first.images, hold=hold)
         for index, site in enumerate(blocks)
     }
-    every = [pair for split in splits for pair in (*split.train, *split.validation, *split.test)]
+    every = [pair for split in splits for pair in split.every]
     stacks.prepare(every, "features")
     single_step.prepare(every, "features of one step")
     for one in dift.values():
-        one.prepare([pair for split in splits for pair in (*split.validation, *split.test)], "DIFT features")
+        untrained = [pair for split in splits for pair in (*split.validation, *split.test, *split.familiar)]
+        one.prepare(untrained, "DIFT features")
 
     result = Comparison()
-    by_fold: list[dict[str, list[Evaluation]]] = []
+    by_part: dict[str, list[dict[str, list[Evaluation]]]] = {TEST: [], FAMILIAR: []}
     cells_by_fold: list[dict[tuple[int, int], Evaluation]] = []
     generation = Generation(sd, spec, first, hold)
     for fold, split in enumerate(splits):
-        found: dict[str, list[Evaluation]] = {AGGREGATED: [], TRANSFER: [], ONE_STEP: []}
+        parts = {TEST: split.test} | ({FAMILIAR: split.familiar} if split.familiar else {})
+        found: dict[str, dict[str, list[Evaluation]]] = {part: {AGGREGATED: [], ONE_STEP: []} for part in parts}
+        found[TEST][TRANSFER] = []
         generated = generation.stacks(split)
         for seed in seeds:
             home = None if folder is None else folder / f"fold-{fold}-seed-{seed}"
             net, training = fit(stacks, split, recipe, seed, size=size, folder=home)
             result.fitted.append(Fitted(fold, seed, net, training))
-            found[AGGREGATED].append(score(aggregated(net, stacks), split, split.test, size))
-            found[TRANSFER].append(score(aggregated(net, generated), split, split.test, size))
             home = None if folder is None else folder / f"one-step-fold-{fold}-seed-{seed}"
             lone, _ = fit(single_step, split, recipe, seed, size=size, folder=home)
-            found[ONE_STEP].append(score(aggregated(lone, single_step), split, split.test, size))
-        untrained, cells_here, chosen = _untrained(stacks, dift, split, size)
-        by_fold.append(found | untrained)
-        cells_by_fold.append(cells_here)
-        result.chosen.append(chosen)
-    result.evaluations = {
-        method: [_pooled([fold[method][k] for fold in by_fold]) for k in range(len(by_fold[0][method]))]
-        for method in by_fold[0]
-    }
+            for part, pairs in parts.items():
+                found[part][AGGREGATED].append(score(aggregated(net, stacks), split, pairs, size))
+                found[part][ONE_STEP].append(score(aggregated(lone, single_step), split, pairs, size))
+            found[TEST][TRANSFER].append(score(aggregated(net, generated), split, split.test, size))
+        chosen = _chosen(stacks, dift, split, size)
+        for part, pairs in parts.items():
+            for name, describe in _untrained(stacks, dift, split, chosen, size).items():
+                found[part][name] = [score(describe, split, pairs, size)]
+            by_part[part].append(found[part])
+        cells_by_fold.append(score_many(partial(cells, stacks), split, split.test, size, "single cells"))
+        result.chosen.append(chosen.named(spec))
+    result.evaluations = _pooled_methods(by_part[TEST])
+    result.familiar = _pooled_methods(by_part[FAMILIAR]) if by_part[FAMILIAR] else {}
     result.cells = {cell: _pooled([fold[cell] for fold in cells_by_fold]) for cell in cells_by_fold[0]}
-    result.reconstruction = generation.error
+    # More than any choice on validation pairs could reach: what the main method is held against at its hardest.
+    result.evaluations[SINGLE_ON_TEST] = [result.cells[best(result.cells)]]
+    result.reconstruction = generation.error()
     return result
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What the methods without training are set to, by the validation pairs.
+
+    Attributes:
+        cell: (step, layer) of the best single map.
+        step: whose layers are best concatenated.
+        block: site of the best block for DIFT.
+    """
+
+    cell: tuple[int, int]
+    step: int
+    block: str
+
+    def named(self, spec: FeatureSpec) -> dict[str, str]:
+        """The choices in words, by method."""
+        step, layer = self.cell
+        return {
+            SINGLE: f"{spec.sites[layer]}, t = {spec.timesteps[step]:g}",
+            DIFT: self.block,
+            CONCATENATED_STEP: f"t = {spec.timesteps[self.step]:g}",
+        }
+
+
+def _chosen(stacks: Stacks, dift: Mapping[str, Stacks], split: Split, size: Size | None) -> Choice:
+    singles = score_many(partial(cells, stacks), split, split.validation, size, "single cells, validation")
+
+    def by_step(key: Hashable) -> dict[int, Tensor]:
+        return {step: stacks.at(key, step) for step in range(stacks.spec.n_steps)}
+
+    steps = score_many(by_step, split, split.validation, size, "layers concatenated, validation")
+    blocks = {block: score(_first_step(one), split, split.validation, size) for block, one in dift.items()}
+    return Choice(best(singles), best(steps), best(blocks))
+
+
 def _untrained(
-    stacks: Stacks, dift: Mapping[str, Stacks], split: Split, size: Size | None
-) -> tuple[dict[str, list[Evaluation]], dict[tuple[int, int], Evaluation], dict[str, str]]:
-    """Everything that no training is needed for; choices are made on the validation pairs."""
-    choice = score_many(lambda key: cells(stacks, key), split, split.validation, size, "single cells, validation")
-    every = score_many(lambda key: cells(stacks, key), split, split.test, size, "single cells")
-    cell = best(choice)
-    steps = range(stacks.spec.n_steps)
-
-    def joined(key: Hashable) -> dict[int, Tensor]:
-        return {step: concatenate(stacks[key][None], [step])[0] for step in steps}
-
-    step = best(score_many(joined, split, split.validation, size, "layers concatenated, validation"))
-    at_blocks = {block: lambda key, block=block: dift[block][key][0] for block in dift}
-    block = best({name: score(describe, split, split.validation, size) for name, describe in at_blocks.items()})
-    evaluations = {
-        SINGLE: every[cell],
-        CONCATENATED: score(lambda key: concatenate(stacks[key][None])[0], split, split.test, size),
-        CONCATENATED_STEP: score(lambda key: concatenate(stacks[key][None], [step])[0], split, split.test, size),
-        DIFT: score(at_blocks[block], split, split.test, size),
-        DIFT_PRESET: score(at_blocks[list(at_blocks)[1]], split, split.test, size),
-        PIXELS: score(patches(split.images, size=size), split, split.test, size),
+    stacks: Stacks, dift: Mapping[str, Stacks], split: Split, choice: Choice, size: Size | None
+) -> dict[str, Describe]:
+    """Every method that no training is needed for."""
+    step, layer = choice.cell
+    return {
+        SINGLE: lambda key: stacks.at(key, step, layer),
+        CONCATENATED: lambda key: concatenate(stacks[key][None])[0],
+        CONCATENATED_STEP: lambda key: stacks.at(key, choice.step),
+        DIFT: _first_step(dift[choice.block]),
+        DIFT_PRESET: _first_step(dift[list(dift)[1]]),
+        PIXELS: patches(split.images, size=size),
     }
-    site, timesteps = stacks.spec.sites[cell[1]], stacks.spec.timesteps
-    chosen = {SINGLE: f"{site}, t = {timesteps[cell[0]]:g}", DIFT: block, CONCATENATED_STEP: f"t = {timesteps[step]:g}"}
-    return {method: [evaluation] for method, evaluation in evaluations.items()}, every, chosen
+
+
+def _first_step(stacks: Stacks) -> Describe:
+    return lambda key: stacks[key][0]
 
 
 class Generation:
     """Features of the test images from the other process: inverted to noise, then generated from that noise.
 
-    The images come back nearly as they were (see ``error``), so that their keypoints still hold, and features of
+    The images come back nearly as they were (see `error`), so that their keypoints still hold, and features of
     generation can be scored exactly.
 
     Args:
@@ -256,18 +307,14 @@ class Generation:
         split: knows the images.
         hold: how many stacks are held, and images inverted at a time; None: all, and 32.
 
-    Attributes:
-        error: mean squared error of the images that came back, against what the autoencoder alone makes of the
-            originals, in 0 to 1; None before the first.
-
     Source: Diffusion Hyperfeatures, section 4.3 (transfer to generation).
     """
 
     def __init__(self, sd: Diffusion, spec: FeatureSpec, split: Split, hold: int | None) -> None:
         self.sd, self.spec, self.hold = sd, spec, hold
-        self.error: float | None = None
-        self._errors: list[float] = []
+        self._encoded: dict[Hashable, Tensor] = {}
         self._noises: dict[Hashable, Tensor] = {}
+        self._came: list[dict[Hashable, Tensor]] = []
 
     def stacks(self, split: Split) -> Stacks:
         """Stacks of the images of a split's test pairs, from generation."""
@@ -283,11 +330,25 @@ class Generation:
         spec = replace(self.spec, mode=GENERATION, saved=saved, timesteps=seen, load_size=None, image_size=None)
         found = Stacks(self.sd, spec, self._noises, hold=self.hold)
         found.prepare(split.test, "features of generation")
+        self._came.append(found.clean)
         return found
+
+    def error(self) -> float | None:
+        """Mean squared error of the images that came back, against what the autoencoder alone makes of the originals.
+
+        Returns:
+            In 0 to 1; None before the first.
+        """
+        came = {key: clean for part in self._came for key, clean in part.items()}
+        errors = [
+            float((self.sd.decode(clean[None]) - self.sd.decode(self._encoded[key][None])).square().mean())
+            for key, clean in came.items()
+        ]
+        return float(np.mean(errors)) if errors else None
 
     def _invert(self, keys: Sequence[Hashable], split: Split) -> None:
         pixels = prepare(gathered(split.images, keys), self.spec.load_size, self.spec.image_size)
-        latents = self.sd.encode(pixels, vae=self.spec.vae, seed=self.spec.seed)
+        latents = encoded(self.sd, pixels, self.spec)
         found = self.sd.invert(
             latents,
             self.spec.prompt,
@@ -296,22 +357,15 @@ class Generation:
             keep_latents=False,
             progress=False,
         )
-        noises = found.final
-        again = self.sd.generate(
-            [self.spec.prompt] * len(keys),
-            latents=noises,
-            steps=self.spec.steps,
-            guidance_scale=1.0,
-            convention=self.spec.convention,
-            decode=False,
-            keep_latents=False,
-            progress=False,
-        )
-        there = self.sd.decode(again.clean)
-        here = self.sd.decode(latents)
-        self._errors += (there - here).square().mean(dim=(1, 2, 3)).tolist()
-        self.error = float(np.mean(self._errors))
-        self._noises.update(zip(keys, noises.cpu(), strict=True))
+        self._encoded.update(zip(keys, latents, strict=True))
+        self._noises.update(zip(keys, found.final.cpu(), strict=True))
+
+
+def _pooled_methods(folds: Sequence[Mapping[str, Sequence[Evaluation]]]) -> dict[str, list[Evaluation]]:
+    return {
+        method: [_pooled([fold[method][run] for fold in folds]) for run in range(len(runs))]
+        for method, runs in folds[0].items()
+    }
 
 
 def _pooled(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -1,6 +1,6 @@
 """The figures of the comparison: bars, maps over layers and timesteps, matched points, dense correspondences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from interp import figures
-from interp.correspondence import carried_colours, colour_map, dense_matches, pck_interval, warp
+from interp.correspondence import Evaluation, carried_colours, colour_map, dense_matches, pck_interval, warp
 from interp.correspondence.pck import BASES
 from interp.correspondence.points import Box, Size
-from interp.hyperfeatures.comparison import AGGREGATED, PIXELS, SINGLE, Comparison
+from interp.hyperfeatures.comparison import AGGREGATED, PIXELS, SINGLE, TEST, Comparison
 from interp.hyperfeatures.features import extract, stream
 from interp.hyperfeatures.network import Accumulator, AggregationNetwork
 from interp.hyperfeatures.presets import generated
@@ -51,7 +51,7 @@ def draw_all(
     Source: Diffusion Hyperfeatures, figures of mixing weights, matched points and dense warps.
     """
     drawn = {
-        "pck-bars": pck(found),
+        **{f"pck-bars{'' if part == TEST else f'-{part}'}": pck(runs) for part, runs in found.parts.items()},
         "single-cells": cells(found, spec),
         "mixing-weights": mixing(found, spec),
         "matched-points": matched(found, splits),
@@ -62,11 +62,9 @@ def draw_all(
     return drawn
 
 
-def pck(found: Comparison) -> Figure:
+def pck(evaluations: Mapping[str, Sequence[Evaluation]]) -> Figure:
     """PCK@0.1 of every method by both bases, with intervals."""
-    scores = {
-        method: {base: pck_interval(runs, base=base) for base in BASES} for method, runs in found.evaluations.items()
-    }
+    scores = {method: {base: pck_interval(runs, base=base) for base in BASES} for method, runs in evaluations.items()}
     return _figure(figures.pck_bars(scores, highlight=AGGREGATED))
 
 
@@ -132,9 +130,8 @@ def dense_generated(
     Source: Diffusion Hyperfeatures, section 4.3 (transfer to generated images).
     """
     indices = tuple(spec.steps - 1 - call for call in spec.saved)
-    made = generated(
-        sd, "", sites=spec.sites, steps=spec.steps, indices=indices, output_size=spec.output_size, seed=seed
-    )
+    same = {"convention": spec.convention, "output_size": spec.output_size}
+    made = generated(sd, "", sites=spec.sites, steps=spec.steps, indices=indices, seed=seed, **same)
     total = Accumulator(net)
     with torch.no_grad():
         images = sd.decode(stream(sd, list(prompts), made, total.add)).cpu()

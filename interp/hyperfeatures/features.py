@@ -1,17 +1,18 @@
 """Feature maps of a diffusion model as a spec describes them: streamed, stacked, or aggregated on the way."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.correspondence.points import Size
 from interp.errors import InputError, ShapeError
 from interp.hyperfeatures import presets
+from interp.hyperfeatures.bottleneck import resized
 from interp.hyperfeatures.images import prepare
 from interp.hyperfeatures.network import Accumulator, AggregationNetwork
 from interp.hyperfeatures.spec import GENERATION, INVERSION, NOISE, FeatureSpec
@@ -22,7 +23,7 @@ Consumer = Callable[[int, int, Tensor], None]
 
 
 def stream(
-    sd: Diffusion, images: Any, spec: FeatureSpec, consume: Consumer, *, progress: bool = True
+    sd: Diffusion, images: Any, spec: FeatureSpec, consume: Consumer, *, resize: bool = True, progress: bool = True
 ) -> Float[Tensor, "batch channel h w"]:
     """Run the process of a spec and hand over each map as it is made; none is kept.
 
@@ -31,7 +32,8 @@ def stream(
         images: PIL images, files, or a tensor in -1 .. 1. For generation instead: a prompt for each image (the spec's
             prompt is then not used), or the noise ``[batch, channel, h, w]`` to start from.
         spec: which maps, of what process.
-        consume: gets every map once, in float32, resized as the spec says, without a graph.
+        consume: gets every map once, in float32, without a graph.
+        resize: bring the maps to the spec's size; otherwise they come as the model makes them.
         progress: show a bar.
 
     Returns:
@@ -44,10 +46,10 @@ def stream(
 
     Source: Diffusion Hyperfeatures, section 3.1.
     """
+    check_maps(sd, spec.sites)
     if spec.mode == GENERATION:
-        return _generate(sd, images, spec, consume, progress)
-    pixels = prepare(images, spec.load_size, spec.image_size)
-    latents = sd.encode(pixels, vae=spec.vae, seed=spec.seed)
+        return _generate(sd, images, spec, consume, resize, progress)
+    latents = encoded(sd, prepare(images, spec.load_size, spec.image_size), spec)
     if spec.mode == INVERSION:
         sd.invert(
             latents,
@@ -59,14 +61,51 @@ def stream(
             save_steps=list(spec.saved),
             half="cond",
             seed=spec.seed,
-            consume=_receiver(spec, latents.shape, consume),
+            consume=_receiver(spec, latents.shape, consume, resize),
             stop=True,
             keep_latents=False,
             progress=progress,
         )
     if spec.mode == NOISE:
-        _noise(sd, latents, spec, consume)
+        _noise(sd, latents, spec, consume, resize)
     return latents
+
+
+def encoded(
+    sd: Diffusion, pixels: Float[Tensor, "batch 3 image_height image_width"], spec: FeatureSpec
+) -> Float[Tensor, "batch channel h w"]:
+    """Latents as a spec says; an image's do not depend on what else is in the batch.
+
+    Args:
+        sd: the model.
+        pixels: in -1 .. 1.
+        spec: says which latent stands for an image, and the seed where it is drawn.
+    """
+    if spec.vae != "sample":
+        return sd.encode(pixels, vae=spec.vae, seed=spec.seed)
+    # Every image gets the draw that it would get alone.
+    return torch.cat([sd.encode(one[None], vae=spec.vae, seed=spec.seed) for one in pixels])
+
+
+def check_maps(sd: Diffusion, sites: Sequence[str]) -> None:
+    """Refuse sites that hold no map of the image.
+
+    Args:
+        sd: the model.
+        sites: names.
+
+    Raises:
+        InputError: attention heads or patterns, or tokens of the text.
+        UnknownNameError: the model lacks a site.
+    """
+    for site in sites:
+        place = sd.place(site)
+        tokens = place.axes[:2] == ("batch", "pos") and len(place.axes) == 3 and place.image_tokens is not None
+        if not (tokens or place.axes == ("batch", "channel", "height", "width")):
+            raise InputError(
+                f"{site} is [{', '.join(place.axes)}], which is no map of the image: take a resnet, a block, or a "
+                "residual stream of image tokens, such as 'up.1.resnets.0.hook_branch' or 'blocks.3.hook_resid_post'"
+            )
 
 
 def stack(
@@ -100,6 +139,58 @@ def stack(
     return torch.stack(steps, dim=1)
 
 
+def layer_maps(
+    sd: Diffusion, images: Any, spec: FeatureSpec, *, dtype: torch.dtype = torch.float32, progress: bool = True
+) -> tuple[list[Float[Tensor, "batch step _ _ _"]], Float[Tensor, "batch _ _ _"]]:
+    """All maps of a spec in the sizes that the model makes them: what `stack` resizes and joins, in less memory.
+
+    Args:
+        sd: the model.
+        images: as for `stream`.
+        spec: which maps.
+        dtype: of the maps.
+        progress: show a bar.
+
+    Returns:
+        For every site its maps, ``[batch, step, channel, height, width]``, clean step first: what an
+        `AggregationNetwork` takes together with the spec's ``output_size``. And the latents at the clean end.
+
+    Raises:
+        InputError, UnknownNameError: as `stream`.
+
+    Source: Diffusion Hyperfeatures, section 3.1.
+    """
+    found: dict[tuple[int, int], Tensor] = {}
+
+    def keep(step: int, layer: int, tensor: Tensor) -> None:
+        found[step, layer] = tensor.to(dtype)
+
+    clean = stream(sd, images, spec, keep, resize=False, progress=progress)
+    steps, layers = range(spec.n_steps), range(len(spec.sites))
+    return [torch.stack([found.pop((step, layer)) for step in steps], dim=1) for layer in layers], clean
+
+
+def joined(
+    layers: Sequence[Float[Tensor, "batch step _ _ _"]], size: Size | None
+) -> Float[Tensor, "batch step channels height width"]:
+    """The stack of maps that `layer_maps` found.
+
+    Args:
+        layers: one tensor for each site.
+        size: (height, width) to resize to, bilinearly; None: all are of one size.
+
+    Raises:
+        InputError: maps of several sizes with no size to bring them to.
+
+    Source: Diffusion Hyperfeatures, section 3.2 and official code (resized first, then joined).
+    """
+    sizes = [tuple(maps.shape[-2:]) for maps in layers]
+    if size is None and len(set(sizes)) > 1:
+        raise InputError(f"the layers' maps are of several sizes, {sizes}: give the spec an output_size")
+    flat = [resized(rearrange(maps, "b s c h w -> (b s) c h w"), size) for maps in layers]
+    return rearrange(torch.cat(flat, dim=1), "(b s) c h w -> b s c h w", b=layers[0].shape[0])
+
+
 def extract(
     sd: Diffusion,
     images: Any,
@@ -111,7 +202,8 @@ def extract(
 ) -> Float[Tensor, "batch dim height width"]:
     """Descriptor maps of images; each feature map is aggregated as it is made, so that their stack never exists.
 
-    Equal to ``net(stack(sd, images, spec))`` up to the rounding of float32 sums.
+    Equal to ``net(stack(sd, images, spec))`` up to the rounding of float32 sums. It takes less arithmetic: the
+    pointwise convolutions of the network run on maps of the model's own sizes, and what they give is resized.
 
     Args:
         sd: the model.
@@ -139,14 +231,14 @@ def extract(
     check_fit(sd, net, spec)
 
     with torch.set_grad_enabled(grad):
-        total = Accumulator(net)
+        total = Accumulator(net, spec.output_size)
 
     def add(step: int, layer: int, found: Tensor) -> None:
         # The process runs without gradients around this call; only the network's own part needs them.
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             total.add(step, layer, found)
 
-    stream(sd, images, spec, add, progress=progress)
+    stream(sd, images, spec, add, resize=False, progress=progress)
     return total.result()
 
 
@@ -173,7 +265,7 @@ def check_fit(sd: Diffusion, net: AggregationNetwork, spec: FeatureSpec) -> None
             raise InputError(f"layer {layer} of the network is {net.sites[layer]}, but the spec has {site} there")
 
 
-def _generate(sd: Diffusion, source: Any, spec: FeatureSpec, consume: Consumer, progress: bool) -> Tensor:
+def _generate(sd: Diffusion, source: Any, spec: FeatureSpec, consume: Consumer, resize: bool, progress: bool) -> Tensor:
     prompts: str | list[str] = spec.prompt
     noise: Tensor | None = None
     if isinstance(source, Tensor):
@@ -195,7 +287,7 @@ def _generate(sd: Diffusion, source: Any, spec: FeatureSpec, consume: Consumer, 
         capture=list(spec.sites),
         save_steps=list(spec.saved),
         half="cond",
-        consume=_receiver(spec, None if noise is None else noise.shape, consume),
+        consume=_receiver(spec, _cells(sd) if noise is None else noise.shape, consume, resize),
         decode=False,
         keep_latents=False,
         progress=progress,
@@ -203,10 +295,19 @@ def _generate(sd: Diffusion, source: Any, spec: FeatureSpec, consume: Consumer, 
     return trajectory.clean
 
 
-def _noise(sd: Diffusion, latents: Tensor, spec: FeatureSpec, consume: Consumer) -> None:
+def _cells(sd: Diffusion) -> torch.Size | None:
+    """The shape of the latents that a model starts from by itself, where it says so."""
+    side = getattr(sd.denoiser.config, "sample_size", None)
+    if side is None:
+        return None
+    height, width = (side, side) if isinstance(side, int) else side
+    return torch.Size((1, 1, height, width))
+
+
+def _noise(sd: Diffusion, latents: Tensor, spec: FeatureSpec, consume: Consumer, resize: bool) -> None:
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     context = sd.prompt([spec.prompt] * latents.shape[0])
-    deliver = _delivery(spec, latents.shape, consume)
+    deliver = _delivery(spec, latents.shape, consume, resize)
     for step, timestep in enumerate(spec.timesteps):
         means: dict[str, Tensor] = {}
         for _ in range(spec.n_noises):
@@ -254,12 +355,12 @@ def add_noise(
 
 
 def _receiver(
-    spec: FeatureSpec, latent_shape: torch.Size | None, consume: Consumer
+    spec: FeatureSpec, latent_shape: torch.Size | None, consume: Consumer, resize: bool
 ) -> Callable[[str, int, float, Tensor], None]:
     """What a run calls: knows calls and sites, where a consumer knows steps of the stack and layers."""
     steps = {call: step for step, call in enumerate(spec.saved)}
     layers = {site: layer for layer, site in enumerate(spec.sites)}
-    deliver = _delivery(spec, latent_shape, consume)
+    deliver = _delivery(spec, latent_shape, consume, resize)
 
     def receive(site: str, call: int, timestep: float, tensor: Tensor) -> None:
         step = steps[call]
@@ -273,16 +374,15 @@ def _receiver(
     return receive
 
 
-def _delivery(spec: FeatureSpec, latent_shape: torch.Size | None, consume: Consumer) -> Consumer:
-    """Bring every map to one size before it is consumed."""
+def _delivery(spec: FeatureSpec, latent_shape: torch.Size | None, consume: Consumer, resize: bool) -> Consumer:
+    """Bring every map to one size before it is consumed, or see that it is a map at all."""
     sizes: dict[str, torch.Size] = {}
 
     def deliver(step: int, layer: int, tensor: Tensor) -> None:
         site = spec.sites[layer]
-        maps = _as_maps(tensor.detach().float(), latent_shape, site)
+        maps = as_maps(tensor.detach().float(), latent_shape, site)
         if spec.output_size is not None:
-            if maps.shape[-2:] != spec.output_size:
-                maps = F.interpolate(maps, size=spec.output_size, mode="bilinear", align_corners=False)
+            maps = resized(maps, spec.output_size) if resize else maps
         else:
             sizes[site] = maps.shape[-2:]
             first, size = next(iter(sizes.items()))
@@ -296,8 +396,17 @@ def _delivery(spec: FeatureSpec, latent_shape: torch.Size | None, consume: Consu
     return deliver
 
 
-def _as_maps(tensor: Tensor, latent_shape: torch.Size | None, site: str) -> Tensor:
-    """Tokens of a diffusion transformer as the map they came from; maps pass through."""
+def as_maps(tensor: Tensor, latent_shape: torch.Size | None, site: str) -> Tensor:
+    """Tokens of a diffusion transformer as the map they came from; maps pass through.
+
+    Args:
+        tensor: ``[batch, token, channel]``, or maps.
+        latent_shape: of the latents, whose last two sides count; None: they are square.
+        site: for messages.
+
+    Raises:
+        ShapeError: a tensor that is neither, or tokens that are no square patches of the latents.
+    """
     if tensor.ndim == 4:
         return tensor
     if tensor.ndim != 3:

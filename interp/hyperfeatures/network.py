@@ -7,75 +7,19 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp.correspondence.points import Size
 from interp.errors import InputError, ShapeError
+from interp.hyperfeatures.bottleneck import Bottleneck
 
 LOGIT_SCALE = math.log(1 / 0.07)
 """Logarithm of the factor 14.286 by which the training loss scales cosine similarities; never trained."""
 
 _WRAPPED = re.compile(r"^(bottleneck_layers\.\d+)\.0\.(.+)$")
 _BARE = re.compile(r"^(bottleneck_layers\.\d+)\.(?!0\.)(.+)$")
-
-
-class Convolution(nn.Module):
-    """A convolution without bias, "same" padding, and group normalisation of what comes out.
-
-    Args:
-        channels_in: channels of the input.
-        channels_out: channels of the output, divisible by ``n_groups``.
-        kernel: side of the kernel, odd.
-        n_groups: groups of the normalisation.
-        generator: draws the weights, normal with variance ``2 / (kernel² · channels_out)``.
-
-    Source: Diffusion Hyperfeatures, official code (bottleneck blocks; MSRA initialisation by fan-out).
-    """
-
-    def __init__(
-        self, channels_in: int, channels_out: int, kernel: int, n_groups: int, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        shape = (channels_out, channels_in, kernel, kernel)
-        deviation = math.sqrt(2 / (kernel * kernel * channels_out))
-        # Drawn on the CPU and copied, so that a seed gives the same network on every device.
-        drawn = torch.randn(shape, generator=generator, device="cpu") * deviation
-        self.weight = nn.Parameter(torch.empty(shape).copy_(drawn))
-        self.norm = nn.GroupNorm(n_groups, channels_out)
-
-    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch out height width"]:
-        """Convolve and normalise."""
-        return self.norm(F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2))
-
-
-class Bottleneck(nn.Module):
-    """A residual bottleneck: 1×1 to ``width``, 3×3, 1×1 to ``dim``, beside a 1×1 shortcut.
-
-    Args:
-        channels: of the input. With ``channels == dim`` the shortcut is the identity.
-        dim: channels of the output.
-        width: channels between.
-        n_groups: groups of every normalisation.
-        generator: draws the weights.
-
-    Source: Diffusion Hyperfeatures, section 3.2 and official code.
-    """
-
-    def __init__(self, channels: int, dim: int, width: int, n_groups: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.conv1 = Convolution(channels, width, 1, n_groups, generator)
-        self.conv2 = Convolution(width, width, 3, n_groups, generator)
-        self.conv3 = Convolution(width, dim, 1, n_groups, generator)
-        self.shortcut = None if channels == dim else Convolution(channels, dim, 1, n_groups, generator)
-
-    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim height width"]:
-        """Non-negative maps: the last rectifier comes after the residual sum."""
-        h = F.relu(self.conv1(x))
-        h = F.relu(self.conv2(h))
-        h = self.conv3(h)
-        return F.relu(h + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class AggregationNetwork(nn.Module):
@@ -118,7 +62,7 @@ class AggregationNetwork(nn.Module):
     ) -> None:
         super().__init__()
         width = dim // 4 if width is None else width
-        _check(channels, n_steps, dim, width, n_groups, sites, timesteps)
+        check_network(channels, n_steps, dim, width, n_groups, sites, timesteps)
         self.channels = tuple(channels)
         self.n_steps = n_steps
         self.dim = dim
@@ -160,13 +104,14 @@ class AggregationNetwork(nn.Module):
         return pd.DataFrame(self.mixing().detach().float().cpu().numpy(), index=rows, columns=columns)
 
     def bottleneck(
-        self, layer: int, maps: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch dim height width"]:
+        self, layer: int, maps: Float[Tensor, "batch channel height width"], size: Size | None = None
+    ) -> Float[Tensor, "batch dim new_height new_width"]:
         """Bring maps of one layer to the descriptor's channels.
 
         Args:
             layer: index of the layer.
             maps: of any timesteps, in any float dtype.
+            size: (height, width) to resize to first; None: not at all.
 
         Returns:
             Non-negative maps in the dtype of the weights.
@@ -187,41 +132,72 @@ class AggregationNetwork(nn.Module):
             # Maps made in inference mode cannot be saved for a backward pass; a copy can.
             if maps.is_inference() and torch.is_grad_enabled():
                 maps = maps.clone()
-            return self.bottleneck_layers[layer](maps)
+            return self._bottleneck(layer)(maps, size=size)
 
     def forward(
-        self, features: Float[Tensor, "batch step channels height width"]
-    ) -> Float[Tensor, "batch dim height width"]:
-        """Aggregate a stack of maps.
+        self,
+        features: Float[Tensor, "batch step channels height width"] | Sequence[Float[Tensor, "batch step _ _ _"]],
+        size: Size | None = None,
+    ) -> Float[Tensor, "batch dim new_height new_width"]:
+        """Aggregate the maps of all layers and steps.
 
         Args:
             features: for every step, clean first, the maps of all layers one after another on the channel axis, all of
-                one size.
+                one size; or a list of the layers' maps, ``[batch, step, channel, height, width]``, in sizes of their
+                own.
+            size: (height, width) to which all maps are resized first, bilinearly; None: not at all.
 
         Returns:
             The descriptor map, in the dtype of the weights.
 
         Raises:
-            ShapeError: another number of axes, steps or channels than this network has.
+            ShapeError: another number of axes, layers, steps or channels than this network has, or maps of several
+                sizes with no ``size`` to bring them to.
         """
-        expected = (self.n_steps, sum(self.channels))
-        if features.ndim != 5 or tuple(features.shape[1:3]) != expected:
-            raise ShapeError(
-                f"this network takes features of shape [batch, {expected[0]} steps, {expected[1]} channels, height, "
-                f"width] (layers of {', '.join(map(str, self.channels))} channels), not {list(features.shape)}"
-            )
+        parts = self._parts(features, size)
         shares = self.mixing()
-        parts = features.split(self.channels, dim=2)
         total: Tensor | None = None
         for layer, maps in enumerate(parts):
             # Steps ride in the batch: normalisation is per sample, so that this is exact.
-            brought = self.bottleneck(layer, rearrange(maps, "b s c h w -> (b s) c h w"))
+            brought = self.bottleneck(layer, rearrange(maps, "b s c h w -> (b s) c h w"), size)
             brought = rearrange(brought, "(b s) d h w -> b s d h w", s=self.n_steps)
-            with torch.autocast(features.device.type, enabled=False):
+            with torch.autocast(maps.device.type, enabled=False):
                 part = einsum(brought, shares[:, layer], "b s d h w, s -> b d h w")
             total = part if total is None else total + part
         assert total is not None
         return total
+
+    def _bottleneck(self, layer: int) -> Bottleneck:
+        wrapper = self.bottleneck_layers[layer]
+        assert isinstance(wrapper, nn.Sequential)
+        bottleneck = wrapper[0]
+        assert isinstance(bottleneck, Bottleneck)
+        return bottleneck
+
+    def _parts(self, features: Tensor | Sequence[Tensor], size: Size | None) -> Sequence[Tensor]:
+        if isinstance(features, Tensor):
+            expected = (self.n_steps, sum(self.channels))
+            if features.ndim != 5 or tuple(features.shape[1:3]) != expected:
+                raise ShapeError(
+                    f"this network takes features of shape [batch, {expected[0]} steps, {expected[1]} channels, "
+                    f"height, width] (layers of {', '.join(map(str, self.channels))} channels), not "
+                    f"{list(features.shape)}"
+                )
+            return features.split(self.channels, dim=2)
+        if len(features) != self.n_layers:
+            raise ShapeError(f"this network takes maps of {self.n_layers} layers, not {len(features)}")
+        for layer, maps in enumerate(features):
+            if maps.ndim != 5 or maps.shape[1] != self.n_steps:
+                raise ShapeError(
+                    f"{self.layer_name(layer)}: expected maps of shape [batch, {self.n_steps} steps, "
+                    f"{self.channels[layer]} channels, height, width], not {list(maps.shape)}"
+                )
+        if len({maps.shape[0] for maps in features}) > 1:
+            raise ShapeError(f"the layers' maps are of batches of {[maps.shape[0] for maps in features]}")
+        sizes = [tuple(maps.shape[-2:]) for maps in features]
+        if size is None and len(set(sizes)) > 1:
+            raise ShapeError(f"the layers' maps are of several sizes, {sizes}: give the size to bring them to")
+        return features
 
     def layer_name(self, layer: int) -> str:
         """What a layer is called in messages: its site, or its number."""
@@ -236,18 +212,20 @@ class Accumulator:
 
     Args:
         net: the network; its mixing shares are read once, here.
+        size: (height, width) to which every map is resized first, bilinearly; None: not at all.
 
     Source: Diffusion Hyperfeatures, section 3.2; the sum of eq. 2 taken term by term.
     """
 
-    def __init__(self, net: AggregationNetwork) -> None:
+    def __init__(self, net: AggregationNetwork, size: Size | None = None) -> None:
         self.net = net
+        self.size = size
         self._shares = net.mixing()
         self._missing = {(step, layer) for step in range(net.n_steps) for layer in range(net.n_layers)}
         self._sum: Tensor | None = None
 
     def add(self, step: int, layer: int, maps: Float[Tensor, "batch channel height width"]) -> None:
-        """Add the map of one step and layer, already of the descriptor's size.
+        """Add the map of one step and layer.
 
         Args:
             step: which step of the network, clean first.
@@ -266,12 +244,12 @@ class Accumulator:
                 else f"step {step} of layer {layer} is out of range: {self.net.n_steps} steps and {self.net.n_layers} "
                 "layers, both from 0 on"
             )
-        if self._sum is not None and maps.shape[-2:] != self._sum.shape[-2:]:
+        if self.size is None and self._sum is not None and maps.shape[-2:] != self._sum.shape[-2:]:
             raise ShapeError(
                 f"the map of step {step}, {self.net.layer_name(layer)} is {tuple(maps.shape[-2:])}, the ones before it "
-                f"were {tuple(self._sum.shape[-2:])}: resize all maps to one size first"
+                f"were {tuple(self._sum.shape[-2:])}: give the size to bring them to"
             )
-        part = self._shares[step, layer] * self.net.bottleneck(layer, maps)
+        part = self._shares[step, layer] * self.net.bottleneck(layer, maps, self.size)
         self._sum = part if self._sum is None else self._sum + part
         self._missing.discard((step, layer))
 
@@ -339,7 +317,7 @@ def _accept_bare_keys(module: nn.Module, state: dict[str, Any], prefix: str, *re
             state[wrapped] = state.pop(key)
 
 
-def _check(
+def check_network(
     channels: Sequence[int],
     n_steps: int,
     dim: int,
@@ -348,6 +326,11 @@ def _check(
     sites: Sequence[str] | None,
     timesteps: Sequence[float] | None,
 ) -> None:
+    """Refuse settings of which no network can be made.
+
+    Raises:
+        InputError: naming the first such setting.
+    """
     if not channels or min(channels) < 1:
         raise InputError(f"channels must be one positive number for each layer, not {list(channels)}")
     for name, number in (("n_steps", n_steps), ("dim", dim), ("width", width), ("n_groups", n_groups)):

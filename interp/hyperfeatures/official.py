@@ -42,7 +42,7 @@ def load_official(
 
     Source: Diffusion Hyperfeatures, official checkpoints and configurations.
     """
-    content = _read(Path(path))
+    content = read_official(path)
     state, config = content["aggregation_network"], content.get("config") or {}
     shape = shape_of(state)
     spec = _spec(config, shape, sites)
@@ -58,7 +58,13 @@ def load_official(
     return Checkpoint(net, spec, about)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_official(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file of the authors holds: tensors and plain values, ``aggregation_network`` among them.
+
+    Raises:
+        InputError: no such file, one that holds more than that, or one that lacks the weights.
+    """
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint at {str(path)!r}")
     try:
@@ -74,6 +80,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def decoder_branches(n_layers: int) -> tuple[str, ...]:
+    """The sites that the authors' networks mix: the branches of three resnets to each decoder block."""
+    return tuple(f"up.{n // _BLOCK}.resnets.{n % _BLOCK}.hook_branch" for n in range(n_layers))
+
+
 def _spec(config: Mapping[str, Any], shape: Mapping[str, Any], sites: tuple[str, ...] | None) -> FeatureSpec:
     n_layers, n_steps = len(shape["channels"]), shape["n_steps"]
     steps = int(config.get("num_timesteps", 50 if n_steps > 1 else 1))
@@ -86,7 +97,7 @@ def _spec(config: Mapping[str, Any], shape: Mapping[str, Any], sites: tuple[str,
     seen = table("dhf", _TRAINED_STEPS, steps)
     guidance = float(config.get("guidance_scale", -1))
     return FeatureSpec(
-        sites=sites or tuple(f"up.{n // _BLOCK}.resnets.{n % _BLOCK}.hook_branch" for n in range(n_layers)),
+        sites=sites or decoder_branches(n_layers),
         mode=mode,
         steps=steps,
         saved=saved,

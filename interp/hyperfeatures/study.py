@@ -15,15 +15,16 @@ from torch import Tensor
 from interp.correspondence import Evaluation, Pair, PairResult, match_pair, pck_interval
 from interp.correspondence.evaluate import fingerprint
 from interp.correspondence.points import Size
-from interp.errors import InputError
+from interp.errors import InputError, ShapeError
 from interp.hyperfeatures.baselines import single
-from interp.hyperfeatures.features import stack
+from interp.hyperfeatures.features import joined, layer_maps
+from interp.hyperfeatures.fitting import Training
 from interp.hyperfeatures.images import prepare
 from interp.hyperfeatures.loss import scale_points
 from interp.hyperfeatures.network import AggregationNetwork
 from interp.hyperfeatures.spec import GENERATION, FeatureSpec
 from interp.hyperfeatures.training import Pair as TrainingPair
-from interp.hyperfeatures.training import Training, train
+from interp.hyperfeatures.training import train
 from interp.images import load_image
 from interp.models.diffusion import Diffusion
 from interp.progress import progress, track
@@ -39,9 +40,10 @@ class Split:
         images: by the names that the pairs use: tensors 0 to 1, or files.
         train, validation, test: the pairs.
         held_out: categories of the test pairs that no training or validation pair has.
+        familiar: pairs of other pictures of the categories that are trained on, reported apart.
 
     Raises:
-        InputError: a pair's image is missing, or a training or validation pair is of a held-out category.
+        InputError: a pair's image is missing, or a training, validation or familiar pair is of a held-out category.
     """
 
     images: Mapping[Hashable, Float[Tensor, "3 height width"] | Path]
@@ -49,16 +51,22 @@ class Split:
     validation: tuple[Pair, ...]
     test: tuple[Pair, ...]
     held_out: tuple[str, ...] = ()
+    familiar: tuple[Pair, ...] = ()
     _sizes: dict[Hashable, Size] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for pair in (*self.train, *self.validation, *self.test):
+        for pair in self.every:
             for key in (pair.source, pair.target):
                 if key not in self.images:
                     raise InputError(f"{pair} needs the image {key!r}, which is not among the {len(self.images)} given")
-        for pair in (*self.train, *self.validation):
+        for pair in (*self.train, *self.validation, *self.familiar):
             if pair.category in self.held_out:
                 raise InputError(f"{pair} is of a held-out category")
+
+    @property
+    def every(self) -> tuple[Pair, ...]:
+        """All pairs."""
+        return (*self.train, *self.validation, *self.test, *self.familiar)
 
     def size(self, key: Hashable) -> Size:
         """(height, width) of an image; a file is read once.
@@ -84,6 +92,7 @@ class Recipe:
         dim, width, n_groups: of the network.
         steps: of the optimizer, one pair each.
         lr: learning rate.
+        mixing_lr: learning rate of the mixing weights; None: ``lr``.
         validate_every: steps between two validations.
         patience: validations without a new best before the training stops.
 
@@ -95,12 +104,15 @@ class Recipe:
     n_groups: int = 32
     steps: int = 5000
     lr: float = 1e-3
+    mixing_lr: float | None = None
     validate_every: int = 1000
     patience: int | None = None
 
 
 class Stacks:
-    """Feature stacks by image, computed in batches, held in half precision, the least recently used dropped first.
+    """Feature maps by image, computed in batches, held in half precision, the least recently used dropped first.
+
+    Maps are held in the sizes that the model makes them, and resized when they are asked for as a stack.
 
     Args:
         sd: the model.
@@ -108,6 +120,9 @@ class Stacks:
         images: by name; tensors 0 to 1, or files. For generation: the noise to start from.
         hold: how many stacks are held at a time; None: all.
         batch: images a run.
+
+    Attributes:
+        clean: for generation, the latents that the images came to, by name.
 
     Raises:
         UnknownNameError: the model lacks a site.
@@ -124,7 +139,8 @@ class Stacks:
     ) -> None:
         self.sd, self.spec, self.images, self.hold, self.batch = sd, spec, images, hold, batch
         self.channels = sd.channels(list(spec.sites))
-        self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.clean: dict[Hashable, Tensor] = {}
+        self._held: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
 
     def prepare(self, pairs: Iterable[Pair], description: str = "features") -> None:
         """Compute the stacks of all images of some pairs, as many as may be held."""
@@ -136,22 +152,49 @@ class Stacks:
         for chunk in track(chunks, description, len(chunks)):
             self._add(chunk)
 
-    def __getitem__(self, key: Hashable) -> Float[Tensor, "step channels height width"]:
-        """The stack of one image, clean step first."""
+    def layers(self, key: Hashable) -> tuple[Float[Tensor, "step _ _ _"], ...]:
+        """The maps of one image by layer, clean step first, in sizes of their own."""
         if key not in self._held:
             self._add([key])
         self._held.move_to_end(key)
         return self._held[key]
+
+    def __getitem__(self, key: Hashable) -> Float[Tensor, "step channels height width"]:
+        """The stack of one image, clean step first."""
+        return joined([maps[None] for maps in self.layers(key)], self.spec.output_size)[0]
+
+    def at(self, key: Hashable, step: int, layer: int | None = None) -> Float[Tensor, "channels height width"]:
+        """The maps of one image at one step, of one layer or of all, one after another.
+
+        Args:
+            key: of the image.
+            step: of the stack.
+            layer: which; None: all.
+        """
+        layers = self.layers(key)
+        chosen = layers if layer is None else layers[layer : layer + 1]
+        return joined([maps[None, step : step + 1] for maps in chosen], self.spec.output_size)[0, 0]
+
+    @property
+    def grid(self) -> Size:
+        """(height, width) of the stacks."""
+        if self.spec.output_size is not None:
+            return self.spec.output_size
+        height, width = next(iter(self._held.values()))[0].shape[-2:]
+        return int(height), int(width)
 
     def _add(self, keys: Sequence[Hashable]) -> None:
         if self.spec.mode == GENERATION:
             given: Any = torch.stack([torch.as_tensor(self.images[key]) for key in keys])
         else:
             given = gathered(self.images, keys)
-        found = stack(self.sd, given, self.spec, dtype=torch.float16, progress=False)
-        # A view would keep the stacks of its whole batch in memory after these are dropped.
-        own = found.unbind(0) if self.hold is None or len(keys) == 1 else [one.clone() for one in found]
-        self._held.update(zip(keys, own, strict=True))
+        found, clean = layer_maps(self.sd, given, self.spec, dtype=torch.float16, progress=False)
+        if self.spec.mode == GENERATION:
+            self.clean.update(zip(keys, clean, strict=True))
+        lasting = self.hold is None or len(keys) == 1
+        for row, key in enumerate(keys):
+            # A view would keep the maps of its whole batch in memory after these are dropped.
+            self._held[key] = tuple(maps[row] if lasting else maps[row].clone() for maps in found)
         while self.hold is not None and len(self._held) > self.hold:
             self._held.popitem(last=False)
 
@@ -276,15 +319,15 @@ def fit(
     def source(index: int) -> TrainingPair:
         pair = split.train[index]
         pair.check(split.size(pair.source), split.size(pair.target))
-        first, second = stacks[pair.source], stacks[pair.target]
+        first, second = stacks.layers(pair.source), stacks.layers(pair.target)
         points = [
-            scale_points(points.float(), split.size(key), (int(features.shape[-2]), int(features.shape[-1])))
-            for points, key, features in (
-                (pair.source_points, pair.source, first),
-                (pair.target_points, pair.target, second),
-            )
+            scale_points(points.float(), split.size(key), stacks.grid)
+            for points, key in ((pair.source_points, pair.source), (pair.target_points, pair.target))
         ]
         return TrainingPair(first, second, *points)
+
+    def describe(net: AggregationNetwork, features: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        return list(net(_batched(features, net.mixing_weights.device), spec.output_size).unbind(0))
 
     def validate(net: AggregationNetwork) -> float:
         found = score(aggregated(net, stacks), split, split.validation, size)
@@ -299,6 +342,8 @@ def fit(
         len(split.train),
         steps=recipe.steps,
         lr=recipe.lr,
+        mixing_lr=recipe.mixing_lr,
+        describe=describe,
         validate=validate if split.validation else None,
         validate_every=recipe.validate_every,
         patience=recipe.patience,
@@ -315,9 +360,24 @@ def aggregated(net: AggregationNetwork, stacks: Stacks) -> Describe:
     @lru_cache(maxsize=stacks.hold)
     def describe(key: Hashable) -> Tensor:
         with torch.no_grad():
-            return net(stacks[key][None].to(net.mixing_weights.device))[0]
+            return net(_batched([stacks.layers(key)], net.mixing_weights.device), stacks.spec.output_size)[0]
 
     return describe
+
+
+def _batched(images: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    """Maps by layer of several images: from one list for each image to one tensor for each layer.
+
+    Raises:
+        ShapeError: images of several sizes.
+    """
+    for maps in zip(*images, strict=True):
+        if len({one.shape for one in maps}) > 1:
+            raise ShapeError(
+                f"maps of {[list(one.shape) for one in maps]} in one batch: the images have several sizes, give the "
+                "spec an image_size"
+            )
+    return [torch.stack(maps).to(device) for maps in zip(*images, strict=True)]
 
 
 def patches(images: Mapping[Hashable, Any], side: int = 9, size: Size | None = None) -> Describe:

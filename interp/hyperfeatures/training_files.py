@@ -52,7 +52,7 @@ def save(
         folder: of the run.
         settings: what the steps depend on, in what JSON can say.
         net: the network as it is now.
-        optimizer: over ``net.parameters()``, in their order.
+        optimizer: over the network's parameters, grouped in the same way when it is read.
         progress: how far the training is.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,11 @@ DEFAULTS = {
     "folds": 1,
     "train_pairs": 1,
     "test_pairs": 1,
+    "grid": 0,
     "seeds": 1,
     "steps": 2,
+    "lr": 1e-3,
+    "mixing_lr": 1e-2,
     "dim": 48,
     "device": "",
     "resume": "",
@@ -107,9 +110,11 @@ def test_the_folder_holds_tables_figures_and_networks(folder):
 def test_the_table_has_every_method_by_both_bases(folder):
     table = pd.read_csv(folder / "pck.csv")
     assert set(table["base"]) == {"img", "bbox"}
-    methods = {name for name in vars(comparison) if name.isupper() and name != "BASES" and name != "BATCH"}
-    named = {getattr(comparison, name) for name in methods if isinstance(getattr(comparison, name), str)}
-    assert set(table["method"]) == named - {comparison.GENERATION}
+    others = {"BASES", "BATCH", "GENERATION", "TEST", "FAMILIAR"}
+    assert set(table["method"]) == {getattr(comparison, name) for name in vars(comparison) if name.isupper()} - {
+        getattr(comparison, name) for name in others
+    }
+    assert set(table["part"]) == {"test"}
     assert (table["n_points"] == 3).all() and (table["n_pairs"] == 2).all()
     # Three points: every PCK is a number of thirds.
     assert np.allclose(table["pck"] * 3, (table["pck"] * 3).round(), atol=1e-9)

@@ -26,6 +26,11 @@ def test_a_cache_holds_the_stacks_and_is_computed_once(tmp_path):
     assert torch.equal(again[2], expected[2])
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert [name for name in before if before[name] != after[name]] == ["000002.safetensors"]
+    more = torch.cat([images, images[:1].flip(-1)])
+    longer = cache(sd, more, spec, tmp_path, batch=2)
+    assert len(longer) == 4 and torch.equal(longer[0], stacks[0])
+    with pytest.raises(InputError, match="other images, from image 1 on"):
+        cache(sd, images.flip(0), spec, tmp_path, batch=2)
     with pytest.raises(IndexError, match="image 3 is out of range"):
         stacks[3]
 

@@ -15,6 +15,8 @@ from interp.hyperfeatures import (
     FeatureSpec,
     add_noise,
     extract,
+    features,
+    layer_maps,
     presets,
     stack,
     stream,
@@ -110,6 +112,39 @@ def test_a_stack_by_inversion_is_what_plain_hooks_on_conv2_see():
         assert hooks.times[call] == spec.timesteps[step]
         torch.testing.assert_close(found[:, step], joined(hooks.maps[call], (5, 7)), **CLOSE)
     assert not torch.allclose(found[:, 0], found[:, 1], atol=0.1)
+
+
+def test_layer_maps_are_the_hooks_outputs_as_they_are():
+    sd, images = model(), pixels()
+    spec = spec_of(sd, vae="mode", output_size=(5, 7))
+    found, clean = layer_maps(sd, images, spec)
+    torch.testing.assert_close(clean, sd.encode(images))
+    with Conv2Hooks(sd.pipeline.unet) as hooks:
+        sd.invert(sd.encode(images), steps=STEPS, convention="dhf", progress=False)
+    assert {tuple(maps.shape[-2:]) for maps in found} == {(1, 1), (2, 2), (4, 4), (8, 8)}
+    for layer, maps in enumerate(found):
+        for step, call in enumerate((0, 4, 9)):
+            torch.testing.assert_close(maps[:, step], hooks.maps[call][layer], **CLOSE)
+    torch.testing.assert_close(features.joined(found, (5, 7)), stack(sd, images, spec), **CLOSE)
+    with pytest.raises(InputError, match="several sizes"):
+        features.joined(found, None)
+
+
+@pytest.mark.parametrize(
+    "site", ["up.1.attn.0.blocks.0.self.hook_q", "up.1.attn.0.blocks.0.cross.hook_pattern", "hook_time_embed"]
+)
+def test_sites_that_hold_no_map_of_the_image_are_refused(site):
+    with pytest.raises(InputError, match=f"{site} is .*no map of the image"):
+        stack(model(), pixels(), presets.one_step(model(), sites=site))
+
+
+def test_a_drawn_latent_does_not_depend_on_the_batch():
+    sd, images = model(), pixels()
+    spec = spec_of(sd, vae="sample")
+    both, alone = stack(sd, images, spec), stack(sd, images[1:], spec)
+    torch.testing.assert_close(both[1:], alone, **CLOSE)
+    other = stack(sd, images[1:], replace(spec, seed=4))
+    assert not torch.allclose(alone, other, atol=1e-2)
 
 
 def test_the_clean_map_is_one_call_at_minus_one_on_the_clean_latent():

@@ -68,6 +68,50 @@ def test_the_network_is_the_closed_form_with_perturbed_norms_and_mixing_weights(
     assert not torch.allclose(out.double(), closed_form(shuffled, features, CHANNELS, STEPS), **CLOSE)
 
 
+SIZES = ((2, 3), (5, 7), (10, 4), (3, 3))
+
+
+def layers_of_their_own_sizes(seed=5, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, STEPS, channels, *size, generator=generator)
+        for channels, size in zip(CHANNELS, SIZES, strict=True)
+    ]
+
+
+def resized_stack(layers, size):
+    flat = [rearrange(maps, "b s c h w -> (b s) c h w") for maps in layers]
+    flat = [F.interpolate(maps, size=size, mode="bilinear", align_corners=False) for maps in flat]
+    return rearrange(torch.cat(flat, dim=1), "(b s) c h w -> b s c h w", s=STEPS)
+
+
+def test_layers_of_their_own_sizes_give_what_the_resized_stack_gives():
+    net, layers = perturbed(), layers_of_their_own_sizes()
+    # Larger, smaller and equal sizes; a pointwise convolution commutes with each.
+    out = net(layers, size=(5, 7))
+    features = resized_stack(layers, (5, 7))
+    torch.testing.assert_close(out.double(), closed_form(net.state_dict(), features, CHANNELS, STEPS), **CLOSE)
+    total = Accumulator(net, (5, 7))
+    for step in range(STEPS):
+        for layer, maps in enumerate(layers):
+            total.add(step, layer, maps[:, step])
+    torch.testing.assert_close(total.result(), out, **CLOSE)
+
+
+def test_layers_of_several_sizes_need_one_to_be_brought_to():
+    net, layers = perturbed(), layers_of_their_own_sizes()
+    with pytest.raises(ShapeError, match="several sizes"):
+        net(layers)
+    with pytest.raises(ShapeError, match="4 layers, not 3"):
+        net(layers[:3], size=(5, 7))
+    with pytest.raises(ShapeError, match="layer 1: expected maps of shape"):
+        net([layers[0], layers[1][:, :2], *layers[2:]], size=(5, 7))
+    with pytest.raises(ShapeError, match=r"batches of \[2, 1, 2, 2\]"):
+        net([layers[0], layers[1][:1], *layers[2:]], size=(5, 7))
+    with pytest.raises(ShapeError, match="layer 1 has 12 channels"):
+        net([layers[0], layers[2], *layers[2:]], size=(5, 7))
+
+
 def test_a_width_equal_to_the_descriptor_has_no_shortcut_and_others_have_one():
     keys = perturbed().state_dict()
     assert "bottleneck_layers.2.0.shortcut.norm.bias" in keys

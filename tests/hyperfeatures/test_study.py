@@ -19,6 +19,7 @@ from interp.hyperfeatures.comparison import (
     ONE_STEP,
     PIXELS,
     SINGLE,
+    SINGLE_ON_TEST,
     TRANSFER,
     Generation,
     compare_methods,
@@ -39,7 +40,10 @@ def test_every_species_is_held_out_once_and_never_trained_on():
     for split, held_out in zip(splits, FOLDS, strict=True):
         assert {pair.category for pair in split.test} == set(held_out)
         assert {pair.category for pair in (*split.train, *split.validation)} == set(SPECIES) - set(held_out)
-        assert (len(split.train), len(split.validation), len(split.test)) == (8, 4, 4)
+        assert (len(split.train), len(split.validation), len(split.test), len(split.familiar)) == (8, 4, 4, 4)
+        assert {pair.category for pair in split.familiar}.isdisjoint(held_out)
+        assert {pair.source for pair in split.familiar}.isdisjoint(pair.source for pair in split.train)
+    assert sorted({pair.category for split in splits for pair in split.familiar}) == sorted(SPECIES)
     assert splits[0].images is splits[1].images
 
 
@@ -54,6 +58,8 @@ def test_a_split_refuses_missing_images_and_held_out_categories_in_training():
     (split,) = creature_splits(1, 1, 1, folds=[("dog",)])
     with pytest.raises(InputError, match="held-out category"):
         dataclasses.replace(split, train=split.test)
+    with pytest.raises(InputError, match="held-out category"):
+        dataclasses.replace(split, familiar=split.test)
     with pytest.raises(InputError, match="not among the 0"):
         dataclasses.replace(split, images={})
     with pytest.raises(InputError, match="no species to train on"):
@@ -142,11 +148,19 @@ def test_every_method_is_evaluated_on_the_pooled_test_pairs(found, splits):
         runs = found.evaluations[method]
         assert len(runs) == (2 if method in (AGGREGATED, TRANSFER, ONE_STEP) else 1)
         assert all(len(run.results) == n_pairs for run in runs)
-    table = found.table()
+    assert set(found.familiar) == set(found.evaluations) - {TRANSFER, SINGLE_ON_TEST}
+    (chosen,) = found.evaluations[SINGLE_ON_TEST]
+    assert chosen is max(found.cells.values(), key=lambda one: pck_interval(one, base="bbox", n_resamples=1).mean)
+    n_familiar = sum(len(split.familiar) for split in splits)
+    assert all(len(run.results) == n_familiar for runs in found.familiar.values() for run in runs)
+    whole = found.table()
+    assert set(whole["part"]) == {"test", "familiar"}
+    table = whole[whole["part"] == "test"]
     assert set(table["base"]) == {"img", "bbox"} and len(table) == 2 * len(found.evaluations)
     assert ((table["low"] <= table["pck"]) & (table["pck"] <= table["high"])).all()
     gains = table[table["method"] == SINGLE].set_index("base")["gain"]
-    by_seed = found.by_seed().set_index(["method", "base"])["pck"]
+    seeds = found.by_seed()
+    by_seed = seeds[seeds["part"] == "test"].set_index(["method", "base"])["pck"]
     mean = by_seed.loc[(AGGREGATED, "img")].mean() - by_seed.loc[(SINGLE, "img")]
     assert math.isclose(gains["img"], mean, abs_tol=1e-9)
 
@@ -166,6 +180,16 @@ def test_the_main_method_is_the_network_on_the_stack(found, sd, splits, spec):
         ]
     expected = match(*maps, pair.source_points, (64, 64))
     assert near(found.evaluations[AGGREGATED][0].results[0].predicted, expected)
+
+
+def test_familiar_pairs_are_matched_by_the_same_network(found, sd, splits, spec):
+    split, fitted = splits[0], found.fitted[0]
+    pair = split.familiar[0]
+    with torch.no_grad():
+        maps = [
+            fitted.net(stack(sd, split.images[key][None] * 2 - 1, spec).half())[0] for key in (pair.source, pair.target)
+        ]
+    assert near(found.familiar[AGGREGATED][0].results[0].predicted, match(*maps, pair.source_points, (64, 64)))
 
 
 def test_single_cells_are_those_of_the_stack(found, sd, splits, spec):
@@ -196,7 +220,7 @@ def test_mixing_weights_are_a_named_table_that_sums_to_one(found, spec):
 
 def test_every_figure_is_drawn(found, sd, splits, spec, tmp_path):
     drawn = draw_all(sd, splits, spec, found, ("a dog", "a bird"))
-    assert len(drawn) == 6
+    assert len(drawn) == 7
     for name, figure in drawn.items():
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
@@ -237,10 +261,13 @@ def test_features_of_generation_are_those_of_the_calls_that_stand_for_the_saved_
             found = single(stacks[pair.source][None].float(), channels, layer, step)
             # Half precision keeps 11 bits; the inversion ran in a batch of two.
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=5e-3)
-    again = sd.decode(run.clean)
-    assert math.isclose(
-        generation._errors[0], float((again - sd.decode(latents)).square().mean()), rel_tol=1e-3, abs_tol=1e-6
-    )
+    torch.testing.assert_close(stacks.clean[pair.source], run.clean[0], rtol=1e-3, atol=1e-3)
+    errors = []
+    for key in stacks.clean:
+        there, here = (sd.decode(one[None]) for one in (stacks.clean[key], generation._encoded[key]))
+        errors.append(float((there - here).square().mean()))
+    assert errors and math.isclose(generation.error(), sum(errors) / len(errors), rel_tol=1e-6)
+    torch.testing.assert_close(generation._encoded[pair.source], latents[0])
 
 
 def test_a_training_goes_on_with_the_same_features_and_pairs_only(sd, splits, spec, tmp_path):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from interp.errors import InputError
+from interp.errors import InputError, UnknownNameError
 from interp.hyperfeatures import AggregationNetwork, Pair, concatenate, describe_stacks, train
+from interp.hyperfeatures.fitting import fit
 
 CHANNELS = (6, 6, 8)
 STEPS = 2
@@ -87,6 +88,32 @@ def test_the_first_step_is_that_of_adamw_on_the_loss_written_out():
         assert clear.any(), name
         moved = (ours - theirs).detach()
         torch.testing.assert_close(moved[clear], -1e-3 * theirs.grad.sign()[clear], rtol=1e-2, atol=1e-6)
+
+
+def test_mixing_weights_may_have_a_rate_of_their_own(tmp_path):
+    pair, start = world(1, seed=4)[0], network()
+    moved = {}
+    for rate in (None, 0.25):
+        net = network()
+        train(net, lambda _: tuple(pair)[:4], 1, steps=1, mixing_lr=rate, folder=tmp_path / str(rate))
+        moved[rate] = {name: (new - old).abs().max().item() for (name, new), old in each(net, start)}
+    # The first step of AdamW moves every weight whose gradient is not tiny by its rate.
+    assert moved[None]["mixing_weights"] == pytest.approx(1e-3, rel=1e-3)
+    assert moved[0.25]["mixing_weights"] == pytest.approx(0.25, rel=1e-3)
+    others = [{name: step for name, step in steps.items() if name != "mixing_weights"} for steps in moved.values()]
+    assert others[0] == others[1]
+    with pytest.raises(InputError, match="rates"):
+        train(network(), lambda _: tuple(pair)[:4], 1, steps=2, mixing_lr=0.5, folder=tmp_path / "0.25")
+    resumed, whole = network(), network()
+    train(resumed, lambda _: tuple(pair)[:4], 1, steps=2, mixing_lr=0.25, folder=tmp_path / "0.25")
+    train(whole, lambda _: tuple(pair)[:4], 1, steps=2, mixing_lr=0.25)
+    assert all(torch.equal(new, old) for (_, new), old in each(resumed, whole))
+    with pytest.raises(UnknownNameError, match="mixing_weights"):
+        fit(network(), lambda *_: None, 1, steps=1, batch=1, lr=0.1, rates={"mixing_weight": 1.0})
+
+
+def each(net, other):
+    return zip(net.named_parameters(), other.parameters(), strict=True)
 
 
 def test_a_batch_is_the_mean_of_its_pairs_and_every_epoch_sees_each_pair_once():

@@ -132,7 +132,7 @@ def new_denoiser(seed: int) -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion 1: 1000 timesteps, epsilon prediction, without an offset of steps."""
+    """The noise schedule of Stable Diffusion 1: 1000 timesteps, epsilon prediction, steps offset by 1."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
