@@ -7,6 +7,7 @@ import jaxtyping
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -23,6 +24,11 @@ SEEDS = {"text → image": RANDOM.random((3, 5)), "image → text": RANDOM.rando
 TASKS = ["capital", "young", "colour", "capital"]
 PIXELS = [RANDOM.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in range(3)]
 
+CELLS = pd.DataFrame(
+    [{"site": site, "timestep": time, "score": 0.1 * time} for site in ("up.0", "up.1") for time in (1, 5)]
+)
+HISTORY = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "score": [np.nan, 0.5, 0.6]})
+
 DRAW: dict[str, Callable[..., Axes]] = {
     "accuracy_by_layer": lambda ax=None: figures.accuracy_by_layer(SEEDS, chosen=2, ax=ax),
     "lens_phases": lambda ax=None: figures.lens_phases({"input": SEEDS["text → image"]}, ax=ax),
@@ -37,6 +43,8 @@ DRAW: dict[str, Callable[..., Axes]] = {
     "layer_timestep_map": lambda ax=None: figures.layer_timestep_map(RANDOM.random((3, 4)), [-1, 60, 160], ax=ax),
     "matched_points": lambda ax=None: figures.matched_points(*PIXELS[:2], [[1, 2]], [[3, 4]], correct=[False], ax=ax),
     "pck_bars": lambda ax=None: figures.pck_bars({"a": {"img": Interval(0.5, 0.4, 0.6)}}, ax=ax),
+    "readout_map": lambda ax=None: figures.readout_map(CELLS, ax=ax),
+    "training_curves": lambda ax=None: figures.training_curves(HISTORY, ax=ax),
     "warp_panel": lambda ax=None: figures.warp_panel(*PIXELS, *PIXELS[:2], ax=ax),
 }
 
@@ -59,7 +67,9 @@ def words(ax: Axes) -> list[str]:
 
 
 def test_every_figure_is_drawn_here():
-    functions = {name for name in figures.__all__ if callable(getattr(figures, name))} - {"panels", "style"}
+    # Of several axes each: these return a figure, and have tests of their own.
+    whole = {"panels", "readout_panels", "style"}
+    functions = {name for name in figures.__all__ if callable(getattr(figures, name))} - whole
     assert functions == set(DRAW)
 
 

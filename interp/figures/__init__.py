@@ -11,6 +11,7 @@ from interp.figures.curves import accuracy_by_layer, lens_phases, sample_efficie
 from interp.figures.drawing import COLOURS, COLUMN, panels, style
 from interp.figures.images import image_strip
 from interp.figures.maps import embedding_scatter
+from interp.figures.readouts import readout_map, readout_panels, training_curves
 from interp.figures.tables import condition_bars, similarity_matrix, transfer_table
 
 __all__ = [
@@ -25,9 +26,12 @@ __all__ = [
     "matched_points",
     "panels",
     "pck_bars",
+    "readout_map",
+    "readout_panels",
     "sample_efficiency",
     "similarity_matrix",
     "style",
+    "training_curves",
     "transfer_table",
     "warp_panel",
 ]

@@ -1,0 +1,72 @@
+"""Drag examples and lists of prompts, as the authors ship them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from interp.errors import InputError
+from interp.images import load_image
+from interp.readouts.data import read_json
+from interp.readouts.tracks import Tracks, read_tracks
+
+
+@dataclass(frozen=True)
+class DragExample:
+    """A picture, and where its points should go.
+
+    Attributes:
+        image: the picture; frame 0 of the tracks.
+        tracks: (y, x) in pixels of ``size``; `Tracks.frames` and `Tracks.pair` give sources and targets.
+        size: (height, width) that the tracks are in.
+        prompt: of the picture.
+        seed: of its noise.
+        name: of the example.
+    """
+
+    image: Image.Image
+    tracks: Tracks
+    size: tuple[int, int]
+    prompt: str
+    seed: int
+    name: str
+
+
+def load_drag_example(folder: str | Path) -> DragExample:
+    """Read ``source.png``, ``info.json`` and ``tracks_{name}.npy`` of one example.
+
+    Args:
+        folder: of the example. ``visibles_{name}.npy`` is read where it is there; else all points are visible.
+
+    Raises:
+        InputError: a file or field that is missing or cannot be read; the message names it.
+
+    Source: Readout Guidance, official example data.
+    """
+    home = Path(folder)
+    info = read_json(home / "info.json")
+    try:
+        name, prompt, seed = str(info["video_name"]), str(info["prompt"]), int(info["seed"])
+        width, height = (int(side) for side in info["image_dim"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{str(home / 'info.json')!r} lacks or garbles video_name, prompt, seed or image_dim: {error!r}"
+        ) from error
+    visible = home / f"visibles_{name}.npy"
+    tracks = read_tracks([home / f"tracks_{name}.npy"], [visible] if visible.is_file() else [])
+    # Some of these files are JPEG under the name .png; images are told by their content.
+    return DragExample(load_image(home / "source.png"), tracks, (height, width), prompt, seed, name)
+
+
+def load_prompts(file: str | Path) -> dict[str, str]:
+    """The prompt of each control image: ``{file stem: prompt}``.
+
+    Raises:
+        InputError: another content.
+
+    Source: Readout Guidance, official example data (spatial).
+    """
+    content = read_json(file)
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise InputError(f"{str(file)!r} is no JSON object of prompts by file stem")
+    return content
