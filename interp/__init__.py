@@ -51,6 +51,7 @@ _MODULES = (
     "edits",
     "errors",
     "figures",
+    "guidance",
     "hyperfeatures",
     "inputs",
     "lens",
@@ -58,6 +59,7 @@ _MODULES = (
     "models",
     "progress",
     "prompts",
+    "readouts",
     "regions",
     "runs",
     "sites",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.edits as edits
     import interp.errors as errors
     import interp.figures as figures
+    import interp.guidance as guidance
     import interp.hyperfeatures as hyperfeatures
     import interp.inputs as inputs
     import interp.lens as lens
@@ -92,6 +95,7 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.models as models
     import interp.progress as progress
     import interp.prompts as prompts
+    import interp.readouts as readouts
     import interp.regions as regions
     import interp.runs as runs
     import interp.sites as sites

@@ -10,6 +10,7 @@ Inversion, section 3.2 and its code (``null_text``); the DDIM schedulers of diff
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -192,14 +193,18 @@ def ddim_step(
     kind: str,
     alpha_source: float,
     alpha_destination: float,
+    sigma: float = 0.0,
+    noise: Float[Tensor, "batch channel height width"] | None = None,
 ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch channel height width"]]:
-    """One deterministic step of DDIM, in either direction.
+    """One step of DDIM, in either direction.
 
     Args:
         latents: before the step.
         prediction: the model's.
         kind: of prediction: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         alpha_source, alpha_destination: cumulative alpha before and after the step.
+        sigma: how much fresh noise the step adds, see `ddim_sigma`; 0: none, the deterministic step.
+        noise: that noise, of unit variance, where ``sigma`` is not 0.
 
     Returns:
         The latents after the step, and the clean latents that the prediction stands for.
@@ -207,24 +212,50 @@ def ddim_step(
     Raises:
         InputError: a clean latent (alpha 1) whose noise cannot be told from a prediction of the clean latent.
 
-    Source: Denoising Diffusion Implicit Models, equation 12 with sigma 0; Progressive Distillation, appendix D (v).
+    Source: Denoising Diffusion Implicit Models, equation 12; Progressive Distillation, appendix D (v).
     """
     precise = torch.promote_types(latents.dtype, torch.float32)
     x, predicted = latents.to(precise), prediction.to(precise)
-    signal, noise = alpha_source**0.5, (1 - alpha_source) ** 0.5
+    signal, deviation = alpha_source**0.5, (1 - alpha_source) ** 0.5
     if kind == "epsilon":
-        clean, epsilon = (x - noise * predicted) / signal, predicted
+        clean, epsilon = (x - deviation * predicted) / signal, predicted
     elif kind == "v_prediction":
-        clean, epsilon = signal * x - noise * predicted, signal * predicted + noise * x
+        clean, epsilon = signal * x - deviation * predicted, signal * predicted + deviation * x
     else:
-        if noise == 0:
+        if deviation == 0:
             raise InputError(
                 "a model that predicts the clean latent says nothing of its noise at alpha 1: invert with "
                 "alpha_first='final', or a scheduler with set_alpha_to_one=False"
             )
-        clean, epsilon = predicted, (x - signal * predicted) / noise
-    after = alpha_destination**0.5 * clean + (1 - alpha_destination) ** 0.5 * epsilon
+        clean, epsilon = predicted, (x - signal * predicted) / deviation
+    after = alpha_destination**0.5 * clean + (1 - alpha_destination - sigma**2) ** 0.5 * epsilon
+    if noise is not None:
+        after = after + sigma * noise.to(precise)
     return after.to(latents.dtype), clean.to(latents.dtype)
+
+
+def check_eta(eta: Any) -> None:
+    """Refuse an eta that is no share.
+
+    Raises:
+        InputError: such an eta.
+    """
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
+        raise InputError(f"eta={eta!r}: give 0 (deterministic) to 1 (as much fresh noise as DDPM)")
+
+
+def ddim_sigma(eta: float, alpha_source: float, alpha_destination: float) -> float:
+    """How much fresh noise a step towards the image adds.
+
+    Args:
+        eta: 0: none; 1: as much as the ancestral sampler of DDPM.
+        alpha_source, alpha_destination: cumulative alpha before and after the step.
+
+    Source: Denoising Diffusion Implicit Models, equation 16.
+    """
+    left = (1 - alpha_destination) / (1 - alpha_source) * (1 - alpha_source / alpha_destination)
+    # Conventions may end at the noise level that they start from, where rounding may leave a negative zero.
+    return eta * max(left, 0.0) ** 0.5
 
 
 def _times(convention: Convention, config: Mapping[str, Any], steps: int) -> list[int]:

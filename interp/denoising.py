@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import InputError
+from interp.replay import call_of
 from interp.selection import Call
 from interp.where import HALVES
 
@@ -81,6 +82,9 @@ class DenoiserClock:
     @property
     def call(self) -> Call:
         """The denoiser's call at hand; outside the denoiser one that knows no more than the halves."""
+        repeated = call_of(self)
+        if repeated is not None:
+            return repeated
         if self._inside is not None:
             return self._inside
         told = _running.get()

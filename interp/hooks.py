@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
@@ -15,6 +15,7 @@ from interp.clock import Clock
 from interp.denoising import DenoiserClock
 from interp.edits import Edit
 from interp.errors import InputError, NeverFiredError, ShapeError, SiteUnavailableError
+from interp.replay import is_replay
 from interp.selection import Call, Group, Where, groups
 from interp.sites import Place
 from interp.stations import Element, Listener, Side, attach, axes_back, put_back, view
@@ -26,6 +27,12 @@ def live_edits(model: nn.Module) -> "list[Applied]":
     """The edits of a model's sessions that are open in this thread, outermost first."""
     sessions: list[Session] = getattr(_live, "sessions", [])
     return [applied for session in sessions if session.root is model for applied in session.edits]
+
+
+def live_calls() -> dict[int, Call]:
+    """The calls that the sessions of this thread are in, by the ``id`` of their clocks."""
+    sessions: list[Session] = getattr(_live, "sessions", [])
+    return {id(session.clock): session.clock.call for session in sessions}
 
 
 class Stopped(Exception):
@@ -41,6 +48,7 @@ class Tap:
         where: what to keep.
         dtype, device: of what is kept; None: as it comes.
         grad: keep the graph, and remember the whole activation for `torch.autograd.grad`.
+        graph: keep the graph of the captured tensor alone: gradients flow from it, and none is asked for at the site.
         consume: takes each caught tensor and its call as they come; nothing is kept then.
 
     Raises:
@@ -53,6 +61,7 @@ class Tap:
     device: torch.device | str | None = None
     grad: bool = False
     consume: Callable[[Tensor, Call], None] | None = None
+    graph: bool = False
     caught: list[Tensor] = field(default_factory=list)
     whole: list[tuple[Tensor, list[Group] | None, torch.Size]] = field(default_factory=list)
     times: int = 0
@@ -101,7 +110,8 @@ class Tap:
         moved = kept.to(device=self.device or kept.device, dtype=self.dtype or kept.dtype)
         if self.grad:
             return moved
-        return moved.detach().clone() if moved.data_ptr() == part.data_ptr() else moved.detach()
+        copied = moved.clone() if moved.data_ptr() == part.data_ptr() else moved
+        return copied if self.graph else copied.detach()
 
 
 @dataclass
@@ -184,6 +194,7 @@ class Session(AbstractContextManager["Session"]):
         edits: what to change, in this order at each site.
         stop: end a forward, by raising `Stopped`, once every tap has caught in it; in a call in which one of them
             catches nothing, the whole forward runs.
+        quiet: capture within `captures_of` this session only.
 
     Raises:
         NeverFiredError: at the end, unless by an error, for an edit that changed nothing or a site that never ran.
@@ -197,8 +208,9 @@ class Session(AbstractContextManager["Session"]):
         edits: Sequence[Applied] = (),
         *,
         stop: bool = False,
+        quiet: bool = False,
     ) -> None:
-        self.root, self.clock, self.stop = root, clock, stop
+        self.root, self.clock, self.stop, self.quiet = root, clock, stop, quiet
         self.taps, self.edits = list(taps), list(edits)
         self._undo: list[Callable[[], None]] = []
 
@@ -240,6 +252,11 @@ class Session(AbstractContextManager["Session"]):
             sites = ", ".join(tap.place.site for tap in silent[:4])
             raise NeverFiredError(f"{len(silent)} captured sites never fired: {sites}. {_why_silent(silent[0])}")
 
+    @property
+    def _asleep(self) -> bool:
+        awake: tuple[Session | None] | None = getattr(_live, "awake", None)
+        return is_replay() or (self.quiet if awake is None else awake[0] is not self)
+
     def _remove(self) -> None:
         while self._undo:
             self._undo.pop()()
@@ -270,6 +287,8 @@ class Session(AbstractContextManager["Session"]):
 
     def _taker(self, taps: list[Tap]) -> Listener:
         def listen(x: Tensor) -> Tensor | None:
+            if self._asleep:
+                return None
             for tap in taps:
                 if not tap.grad:
                     tap.take(view(x, tap.place), self.clock.call, x.shape)
@@ -288,6 +307,21 @@ class Session(AbstractContextManager["Session"]):
         call = self.clock.call
         if all(tap.last is call for tap in self.taps):
             raise Stopped(f"all {len(self.taps)} sites are captured")
+
+
+@contextmanager
+def captures_of(session: Session | None) -> Iterator[None]:
+    """Let only one session of this thread capture; edits apply, whoever made them.
+
+    Args:
+        session: which one; None: none captures.
+    """
+    before = getattr(_live, "awake", None)
+    _live.awake = (session,)
+    try:
+        yield
+    finally:
+        _live.awake = before
 
 
 def _why_silent(tap: Tap) -> str:

@@ -9,10 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.conventions import Convention, alpha_at, ddim_step, generation_transitions, inversion_transitions
+from interp.conventions import (
+    Convention,
+    alpha_at,
+    ddim_sigma,
+    ddim_step,
+    generation_transitions,
+    inversion_transitions,
+)
+from interp.errors import InputError
 
 Latents = Float[Tensor, "batch channel height width"]
 
@@ -35,6 +44,21 @@ class Solver(ABC):
         """What the denoiser is given of the latents."""
         return latents
 
+    def shift(self, noise: Latents, step: int) -> Latents:
+        """How the model's prediction changes where the noise that it stands for does.
+
+        Args:
+            noise: what is added to the predicted noise.
+            step: of the run.
+
+        Raises:
+            InputError: the solver does not know the noise levels that this takes.
+        """
+        raise InputError(
+            f"rule='epsilon' changes the noise that a prediction stands for, which {type(self).__name__} cannot tell "
+            "here: choose rule='signed_step' or 'latent_gradient', or a convention of DDIM ('null_text')"
+        )
+
     @property
     def timesteps(self) -> tuple[float, ...]:
         """What the model sees as its timestep, call by call."""
@@ -43,24 +67,48 @@ class Solver(ABC):
 
 @dataclass(frozen=True, eq=False)
 class DDIM(Solver):
-    """Deterministic DDIM in closed form.
+    """DDIM in closed form.
 
     Args:
         times: timestep that the model sees, per call.
         alphas: cumulative alpha before and after each step.
         kind: of the model's prediction.
+        eta: how much fresh noise the steps add; 0: none, they are deterministic.
+        generator: of that noise.
     """
 
     times: tuple[Tensor, ...]
     alphas: tuple[tuple[float, float], ...]
     kind: str
+    eta: float = 0.0
+    generator: torch.Generator | None = None
 
     def advance(self, latents: Latents, prediction: Latents, step: int) -> tuple[Latents, Latents | None]:
         """See `Solver`."""
-        return ddim_step(latents, prediction, self.kind, *self.alphas[step])
+        if not self.eta:
+            return ddim_step(latents, prediction, self.kind, *self.alphas[step])
+        noise = randn_tensor(latents.shape, generator=self.generator, device=latents.device, dtype=latents.dtype)
+        sigma = ddim_sigma(self.eta, *self.alphas[step])
+        return ddim_step(latents, prediction, self.kind, *self.alphas[step], sigma, noise)
+
+    def shift(self, noise: Latents, step: int) -> Latents:
+        """See `Solver`."""
+        alpha = self.alphas[step][0]
+        if self.kind == "epsilon":
+            return noise
+        return noise / alpha**0.5 if self.kind == "v_prediction" else -noise * ((1 - alpha) / alpha) ** 0.5
 
 
-def ddim(convention: Convention, scheduler: Any, kind: str, steps: int, *, invert: bool) -> DDIM:
+def ddim(
+    convention: Convention,
+    scheduler: Any,
+    kind: str,
+    steps: int,
+    *,
+    invert: bool,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> DDIM:
     """DDIM by a convention over a scheduler's noise levels.
 
     Args:
@@ -69,6 +117,7 @@ def ddim(convention: Convention, scheduler: Any, kind: str, steps: int, *, inver
         kind: of the model's prediction.
         steps: how many.
         invert: from image to noise.
+        eta, generator: of the noise that steps add.
 
     Raises:
         InputError: steps out of range, or a spacing that DDIM does not know.
@@ -80,7 +129,7 @@ def ddim(convention: Convention, scheduler: Any, kind: str, steps: int, *, inver
         return alpha_at(time, convention, scheduler.alphas_cumprod, scheduler.config)
 
     alphas = tuple((alpha(one.source), alpha(one.destination)) for one in transitions)
-    return DDIM(tuple(torch.tensor(one.seen) for one in transitions), alphas, kind)
+    return DDIM(tuple(torch.tensor(one.seen) for one in transitions), alphas, kind, eta, generator)
 
 
 class SchedulerSteps(Solver):
@@ -92,6 +141,10 @@ class SchedulerSteps(Solver):
         device: of its tensors.
         generator: for schedulers that add noise.
         settings: further arguments of its ``set_timesteps``.
+        eta: how much noise DDIM adds.
+
+    Raises:
+        InputError: ``eta`` for a scheduler without it.
     """
 
     def __init__(
@@ -101,6 +154,7 @@ class SchedulerSteps(Solver):
         device: torch.device,
         generator: torch.Generator | None = None,
         settings: dict[str, Any] | None = None,
+        eta: float = 0.0,
     ) -> None:
         self.scheduler = copy.deepcopy(scheduler)
         settings = dict(settings or {})
@@ -108,8 +162,11 @@ class SchedulerSteps(Solver):
         self.scheduler.set_timesteps(**given, device=device, **settings)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        self._options = {"generator": generator} if takes_generator else {}
+        taken = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in taken:
+            raise InputError(f"eta={eta}: {type(scheduler).__name__} has no eta; DDIM has one (convention='null_text')")
+        self._options: dict[str, Any] = {"generator": generator} if "generator" in taken else {}
+        self._options |= {"eta": eta} if eta else {}
         self.times = tuple(self.scheduler.timesteps)
 
     def start(self, noise: Latents) -> Latents:
@@ -129,6 +186,12 @@ class SchedulerSteps(Solver):
         if clean is None and "FlowMatch" in type(self.scheduler).__name__:
             clean = (latents - self.scheduler.sigmas[step].to(latents) * prediction).to(latents.dtype)
         return result.prev_sample, clean
+
+    def shift(self, noise: Latents, step: int) -> Latents:
+        """See `Solver`."""
+        if self.scheduler.config.get("prediction_type", None) == "epsilon":
+            return noise
+        return super().shift(noise, step)
 
 
 class FlowInversion(Solver):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from interp.attention import disable_pattern, enable_pattern
 from interp.diffusers_attention import disable_processor, enable_processor, has_processor
 from interp.errors import InputError
+from interp.replay import acting_thread
 from interp.sites import Place, Side
 
 Listener = Callable[[Tensor], Tensor | None]
@@ -56,7 +57,7 @@ class _Station:
 
     def heard(self) -> Listener | None:
         """The listeners of this thread as one function, or None."""
-        here = threading.get_ident()
+        here = acting_thread()
         entries = [entry for entry in list(self.listeners) if entry.owner == here]
         mine = [entry.listener for entry in sorted(entries, key=lambda entry: not entry.edits)]
         if not mine:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -39,6 +40,9 @@ class Trajectory:
         direction: from noise to image, or back.
         stopped: whether the run ended before its last step.
         decode: latents to images in 0..1.
+        guidance: what a guide's terms and gradients were at each guided step, see `interp.guidance.log`; None without
+            a guide.
+        reference: the unguided run beside a guided one, where its guide had one.
     """
 
     latents: Float[Tensor, "kept batch channel height width"]
@@ -52,6 +56,8 @@ class Trajectory:
     direction: Literal["generation", "inversion"]
     stopped: bool
     decode: Callable[[Latents], Float[Tensor, "batch 3 height width"]]
+    guidance: pd.DataFrame | None = None
+    reference: "Trajectory | None" = None
 
     def __repr__(self) -> str:
         sites = [*self.activations, *(self.uncond or ())]
@@ -135,6 +141,7 @@ def follow(
     *,
     keep: bool = True,
     description: str | None = None,
+    move: Callable[[Latents, int], Latents] | None = None,
 ) -> Path:
     """Run a solver over a denoiser.
 
@@ -144,12 +151,16 @@ def follow(
         predict: the (guided) prediction for latents at a step; None ends the run before that step is taken.
         keep: all latents and not only the first and the last.
         description: words of the progress bar; None: no bar.
+        move: what steers a run: it moves the latents of a step before the prediction is made for them. Those kept are
+            from before.
     """
     n_steps = len(solver.times)
     kept: dict[int, Latents] = {0: latents}
     clean: dict[int, Latents] = {}
     steps: Iterable[int] = range(n_steps)
     for step in steps if description is None else track(steps, description, n_steps):
+        if move is not None:
+            latents = move(latents, step)
         prediction = predict(solver.model_input(latents, step), step)
         if prediction is None:
             return Path(kept, clean, stopped=True)

@@ -1,5 +1,6 @@
 """The figures of the comparison: bars, maps over layers and timesteps, matched points, dense correspondences."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -102,7 +103,7 @@ def matched(found: Comparison, splits: Sequence[Split]) -> Figure:
                 ax=axes[row][column],
             )
             if row == 0:
-                ax.set_title(method)
+                ax.set_title(textwrap.fill(method, 24))
     return figure
 
 

@@ -124,7 +124,8 @@ class Guided:
         family: of the pipeline.
         solver: gives each call its timestep.
         text: one row per latent.
-        scale: of guidance; without the unconditional half it is not used.
+        scale: of guidance, one for all latents or one for each ([batch, 1, 1, 1]).
+        mixes: whether there is classifier-free guidance; otherwise the prediction is that of the conditional half.
         condition: the scale that denoisers take as a condition.
         calls: ``"batch"``: both halves in one doubled batch; ``"two"``: one after the other.
         session: the taps and edits of the run.
@@ -134,7 +135,8 @@ class Guided:
     family: DiffusionFamily
     solver: Solver
     text: Conditioning
-    scale: float
+    scale: float | Tensor
+    mixes: bool
     condition: float
     calls: str
     session: Session
@@ -145,25 +147,52 @@ class Guided:
 
         Source: Classifier-Free Diffusion Guidance, equation 6, as diffusers weighs it.
         """
-        cond, uncond = self.text.cond, self.text.uncond
-        if uncond is None:
-            return self._call(latents, step, cond, ("cond",))
+        stop = self.session if step == self.last else None
+        if not self.mixes:
+            return self.call(latents, step, ("cond",), stop)
         if self.calls == "two":
-            without = self._call(latents, step, uncond, ("uncond",))
-            given = self._call(latents, step, cond, ("cond",))
+            without, given = (self.call(latents, step, (half,), stop) for half in ("uncond", "cond"))
         else:
-            both = self._call(torch.cat([latents, latents]), step, uncond.followed_by(cond), ("uncond", "cond"))
+            both = self.call(latents, step, ("uncond", "cond"), stop)
             without, given = (None, None) if both is None else both.chunk(2)
         if without is None or given is None:
             return None
-        return without + self.scale * (given - without)
+        scale = self.scale.to(given) if isinstance(self.scale, Tensor) else self.scale
+        return without + scale * (given - without)
 
-    def _call(self, latents: Latents, step: int, text: Text, halves: tuple[str, ...]) -> Latents | None:
+    def call(
+        self, latents: Latents, step: int, halves: tuple[str, ...], stop: Session | None = None
+    ) -> Float[Tensor, "rows channel height width"] | None:
+        """Call the denoiser once.
+
+        Args:
+            latents: as the solver gives them, one row per prompt.
+            step: of the run.
+            halves: which ones, one after the other: ``("uncond", "cond")``, or one of them.
+            stop: a session after whose last captured site nothing is computed; None: the call runs to its end.
+
+        Returns:
+            The prediction, the rows of one half after the other; None when the call was stopped.
+
+        Raises:
+            InputError: the unconditional half of prompts that were encoded without it.
+        """
+        text = self._rows(halves)
+        given = latents if len(halves) == 1 else torch.cat([latents] * len(halves))
+
         def predict() -> Latents:
-            return self.family.predict(latents, self.solver.times[step], text, self.condition)
+            return self.family.predict(given, self.solver.times[step], text, self.condition)
 
         with running(step=step, halves=halves):
-            return until_captured(self.session, halves, predict) if step == self.last else predict()
+            return predict() if stop is None else until_captured(stop, halves, predict)
+
+    def _rows(self, halves: tuple[str, ...]) -> Text:
+        cond, uncond = self.text.cond, self.text.uncond
+        if halves == ("cond",):
+            return cond
+        if uncond is None:
+            raise InputError("the unconditional half needs its prompt, which was not encoded")
+        return uncond if halves == ("uncond",) else uncond.followed_by(cond)
 
 
 def until_captured(session: Session, halves: tuple[str, ...], predict: Callable[[], Latents]) -> Latents | None:

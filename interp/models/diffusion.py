@@ -135,13 +135,15 @@ class Diffusion(DiffusionModel):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         steps: int | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | Sequence[float] | None = None,
         true_cfg_scale: float | None = None,
         seed: int = 0,
         n: int = 1,
         size: Size = None,
         latents: Latents | None = None,
-        convention: str | Convention = "diffusers",
+        convention: str | Convention | None = None,
+        guidance: Any = None,
+        eta: float | None = None,
         capture: str | Sequence[str] | None = None,
         save_steps: Indexes | slice | None = None,
         half: Half = "cond",
@@ -161,13 +163,19 @@ class Diffusion(DiffusionModel):
             prompt: one or several, or what `prompt` encoded.
             negative_prompt: one for all prompts, or one for each; None: the empty one, or what the checkpoint takes.
             steps: how many; None: the convention's.
-            guidance_scale: above 1, classifier-free guidance; Flux takes it as a condition instead.
+            guidance_scale: above 1, classifier-free guidance; one for all images, or one for each. Flux takes it as a
+                condition instead. None: 7.5, or the guide's.
             true_cfg_scale: for Flux, classifier-free guidance beside that; it needs a negative prompt.
             seed: of the noise.
             n: images per prompt, side by side.
             size: in pixels: one side, or (height, width); None: what the model was trained for.
             latents: noise of unit variance to start from, in place of the seed's, such as an inversion's last latents.
-            convention: see `interp.conventions`; ``"diffusers"`` is the pipeline's own scheduler.
+            convention: see `interp.conventions`; ``"diffusers"`` is the pipeline's own scheduler. None: that one, or
+                the guide's.
+            guidance: an `interp.guidance.Guide`: what steers the run by gradients of losses over its activations. The
+                trajectory then has its log (``guidance``) and the unguided run beside it (``reference``). Captures see
+                the calls that make the steps, not those that gradients are taken of; edits apply in all of them.
+            eta: how much fresh noise DDIM adds in each step, 0 to 1, drawn from the seed. None: 0, or the guide's.
             capture, save_steps, half, guidance_calls, edits, consume, stop, keep_latents, progress, dtype, device: as
                 for `invert`; step 0 is the noisiest.
             decode: False: images are not to be decoded in the run, even where sites of the autoencoder are captured or
@@ -196,7 +204,7 @@ class Diffusion(DiffusionModel):
             self,
             prompt,
             negative_prompt,
-            convention=convention_named(convention),
+            convention=convention,
             steps=steps,
             guidance_scale=guidance_scale,
             true_cfg_scale=true_cfg_scale,
@@ -205,5 +213,7 @@ class Diffusion(DiffusionModel):
             size=size,
             latents=latents,
             decode=decode,
+            guide=guidance,
+            eta=eta,
             options=keep,
         )

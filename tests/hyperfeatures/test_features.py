@@ -131,7 +131,7 @@ def test_layer_maps_are_the_hooks_outputs_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "site", ["up.1.attn.0.blocks.0.self.hook_q", "up.1.attn.0.blocks.0.cross.hook_pattern", "hook_time_embed"]
+    "site", ["up.3.attn.0.blocks.0.self.hook_q", "up.3.attn.0.blocks.0.cross.hook_pattern", "hook_time_embed"]
 )
 def test_sites_that_hold_no_map_of_the_image_are_refused(site):
     with pytest.raises(InputError, match=f"{site} is .*no map of the image"):

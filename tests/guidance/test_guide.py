@@ -1,0 +1,205 @@
+"""What can be refused before any run: settings of guides and terms, and terms that cannot be had together."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from interp.errors import InputError, ShapeError, UnknownNameError
+from interp.guidance import Appearance, Drag, Guide, Identity, Spatial, Term, Twin
+from interp.guidance.rules import SignedSteps
+from tests.guidance.closed_form import SITES, draw, readout
+
+POSE, EDGE, LOOKS, PLACES = (readout(name, 3, seed) for seed, name in enumerate(("pose", "edge", "looks", "places")))
+TARGET = torch.zeros(3, 8, 8)
+FROM, TO = torch.tensor([[2.0, 3.0], [9.0, 9.0]]), torch.tensor([[8.0, 3.0], [9.0, 4.0]])
+BOXES = ((0.0, 0.0, 0.5, 0.5), (0.0, 0.0, 0.5, 0.5))
+
+
+def drag(**changes: Any) -> Drag:
+    return Drag(**{"readout": PLACES, "sources": FROM, "targets": TO, "size": (16, 16)} | changes)
+
+
+def revised(given: Any, **changes: Any) -> Any:
+    """A copy with other fields, past the annotations, which would refuse some of them in tests."""
+    changed = copy.copy(given)
+    for name, value in changes.items():
+        object.__setattr__(changed, name, value)
+    changed.__post_init__()
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "sign"}, "signed_step, latent_gradient, epsilon"),
+        ({"half": "cnd"}, "Did you mean 'cond'"),
+        ({"start": 0.5, "end": 0.5}, "start < end"),
+        ({"start": -0.1}, "start=-0.1"),
+        ({"end": 1.2}, "end=1.2"),
+        ({"step_size": 0.0}, "nothing moves"),
+        ({"step_size": float("nan")}, "finite number"),
+        ({"step_size": []}, "finite number"),
+        ({"recurrence": 0}, "recurrence=0"),
+        ({"recurrence": 2, "rule": "epsilon"}, "moves no latents"),
+        ({"eta": -0.5}, "eta=-0.5"),
+        ({"terms": [POSE]}, "hold a Readout"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        revised(Guide([drag()]), **settings)
+
+
+def test_an_unknown_convention() -> None:
+    with pytest.raises(UnknownNameError, match="null_text"):
+        Guide([drag()], convention="nulltext")
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (torch.zeros(3, 8, 7), ShapeError, "8, 8"),
+        (torch.zeros(8, 8), ShapeError, "8, 8"),
+        (torch.full((3, 8, 8), 1.2), InputError, "trained on -1 to 1"),
+        (TARGET.long(), InputError, "floats, not torch.int64"),
+        (torch.where(torch.arange(8) == 3, torch.nan, TARGET), InputError, "24 of 192 values that are NaN"),
+    ],
+)
+def test_bad_targets(target: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        revised(Spatial(POSE, TARGET), target=target)
+
+
+def test_readouts_of_other_kinds() -> None:
+    points = readout("points", 3, 9, kind="keypoints")
+    with pytest.raises(InputError, match="rescale=None"):
+        Spatial(points, TARGET)
+    assert Spatial(points, TARGET + 7, rescale=None).span == 1.0
+    assert Spatial(POSE, TARGET).span == 2.0
+    with pytest.raises(InputError, match=r"takes an interp\.readouts\.Readout"):
+        Spatial(torch.nn.Linear(2, 2), TARGET)
+    with pytest.raises(InputError, match="give boxes"):
+        Identity(LOOKS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sources": FROM + 20}, InputError, "none lies inside"),
+        ({"targets": FROM + 0.9}, InputError, "no point moves"),
+        ({"targets": TO[:1]}, InputError, "2 sources and 1 targets"),
+        ({"targets": [TO, TO]}, InputError, "sources of 1 samples, targets of 2"),
+        ({"sources": torch.tensor([[2.0, float("nan")], [9.0, 9.0]])}, InputError, "NaN"),
+        ({"sources": torch.zeros(2, 3)}, ShapeError, "point, 2"),
+        ({"sources": torch.tensor([[2.0, 3.0], [2.0, 3.0]])}, InputError, "asked to go to"),
+        ({"size": (0, 16)}, InputError, "size=\\(0, 16\\)"),
+    ],
+)
+def test_bad_drags(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        revised(drag(), **changes)
+
+
+def test_points_are_truncated_and_pairs_out_of_frame_are_dropped() -> None:
+    sources = torch.tensor([[1.9, 15.9], [3.0, 3.0], [-0.5, 3.0], [2, 2]])
+    targets = torch.tensor([[7.99, 0.0], [16.0, 3.0], [8.0, 3.0], [4, 4]])
+    (start, end), *more = drag(sources=sources, targets=targets).cells
+    assert not more
+    assert start.tolist() == [[0, 7], [1, 1]]
+    assert end.tolist() == [[3, 0], [2, 2]]
+    assert drag(sources=sources.long(), targets=targets.long()).cells[0][0].tolist()[-1] == [1, 1]
+
+
+def test_anti_ghosting_is_half_of_the_loss() -> None:
+    seen, reference = draw(1, 3, 8, 8), draw(1, 3, 8, 8, seed=1)
+    one = drag(sources=torch.tensor([[2.0, 3.0]]), targets=torch.tensor([[8.0, 3.0]]))
+    there = reference[0, :, 1, 1]
+    at_target, at_source = ((torch.cosine_similarity(there, seen[0, :, y, 1], dim=0).item() + 1) / 2 for y in (4, 1))
+    assert one.compare(seen, reference).item() == pytest.approx(-0.5 * at_target + 0.5 * at_source, abs=1e-12)
+    alone = replace(one, anti_ghosting=False)
+    assert alone.compare(seen, reference).item() == pytest.approx(-0.5 * at_target, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ((0.5, 0.0, 0.5, 1.0), "top < bottom"),
+        ((0.0, 0.0, 1.1, 1.0), "shares 0 to 1"),
+        ((0.0, 0.0, 0.05, 1.0), "smaller than a cell"),
+        ((0.0, 0.0, 1.0), "give"),
+    ],
+)
+def test_bad_boxes(box: tuple[float, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        revised(Appearance(LOOKS, BOXES), boxes=(box, BOXES[0]))
+
+
+def test_boxes_are_cells() -> None:
+    term = Appearance(LOOKS, ((0.0, 0.0, 1.0, 1.0), (0.1, 0.3, 0.55, 1.0)))
+    assert term.observed == [(slice(1, 4), slice(2, 8))]
+    assert Appearance(LOOKS).observed == [(slice(0, 8), slice(0, 8))]
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ([Spatial(POSE, TARGET), Spatial(POSE, TARGET + 1, name="other")], "two targets at once"),
+        ([Spatial(POSE, TARGET), Spatial(readout("pose", 3, 8), TARGET, name="b")], "different things of one name"),
+        ([Spatial(POSE, TARGET), Spatial(EDGE, TARGET, name="pose")], "two terms are called 'pose'"),
+        ([Spatial(POSE, TARGET, name="total")], "called 'total'"),
+        ([drag(), drag(targets=TO + 4, name="again")], "asked to go to"),
+        ([Appearance(LOOKS), Identity(LOOKS, BOXES)], "two parts of the reference"),
+        ([Term.from_function(SITES, len), Term.from_function(SITES, max, name="len")], "two terms are called"),
+    ],
+)
+def test_terms_that_fight(terms: list[Term], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Guide(terms)
+
+
+def test_terms_that_fight_over_the_reference() -> None:
+    with pytest.raises(InputError, match=r"'drag' moves parts .*seed=3.* 'identity' is to look like another image"):
+        Guide([drag(), Identity(LOOKS, BOXES)], reference=Twin(seed=3))
+    assert Guide([drag(), Identity(LOOKS, BOXES)]).compares
+    assert Guide([Identity(LOOKS, BOXES)], reference=Twin(seed=3)).compares
+
+
+def test_terms_that_get_along() -> None:
+    apart = ((0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0))
+    guide = Guide(
+        [Spatial(POSE, TARGET), Spatial(EDGE, TARGET), drag(), drag(sources=TO, targets=FROM, name="back"),
+         Identity(LOOKS, BOXES), Appearance(LOOKS, apart)]
+    )  # fmt: skip
+    assert len(guide.terms) == 6
+    assert not Guide([Spatial(POSE, TARGET)]).compares
+    assert Guide([Spatial(POSE, TARGET)]).steps(2) == range(1)
+
+
+@pytest.mark.parametrize("weight", [float("inf"), 0.0, [], [0.0, 0.0], True])
+def test_bad_weights(weight: Any) -> None:
+    with pytest.raises(InputError, match="weight"):
+        revised(Term.from_function(SITES, bool), weight=weight)
+
+
+def test_signed_steps_are_adams() -> None:
+    start, gradients = draw(1, 2, 3, 3).float(), [draw(1, 2, 3, 3, seed=seed).float() for seed in (1, 2, 3)]
+    gradients[0][0, 0, 0, 0] = 0.0
+    parameter = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([parameter], lr=0.02)
+    steps, found, kept = SignedSteps(start, 0.02), start, start.clone()
+    for gradient in gradients:
+        found = steps(found, gradient)
+        parameter.grad = gradient
+        adam.step()
+        # One rounding in single precision, of numbers up to 4.
+        torch.testing.assert_close(found, parameter.detach(), rtol=0, atol=1e-6)
+    assert torch.equal(start, kept)
+    first = SignedSteps(start, 0.02)(start, gradients[0])
+    torch.testing.assert_close(first, start - 0.02 * gradients[0].sign(), rtol=0, atol=1e-6)
+    half = SignedSteps(start.half(), 0.02)(start.half(), gradients[0].half())
+    assert half.dtype == torch.float16
+    back = SignedSteps(start, -0.02)(start, gradients[0])
+    torch.testing.assert_close(back, start + 0.02 * gradients[0].sign(), rtol=0, atol=1e-6)
