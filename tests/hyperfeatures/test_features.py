@@ -223,11 +223,12 @@ def test_without_a_spec_the_published_one_is_taken():
 def test_training_gradients_reach_the_network_alone():
     sd, images = model(), pixels(1)
     spec = spec_of(sd)
-    # In float64, so that no rectifier switches by rounding.
-    net, features = network(sd, spec).double(), stack(sd, images, spec)
-    assert not features.requires_grad
+    # In float64 from the resize on, so that no rectifier switches by rounding.
+    maps, _ = layer_maps(sd, images, spec)
+    assert not any(one.requires_grad for one in maps)
+    net, stacked = network(sd, spec).double(), features.joined([one.double() for one in maps], spec.output_size)
     probe = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    expected = torch.autograd.grad((net(features) * probe).sum(), list(net.parameters()))
+    expected = torch.autograd.grad((net(stacked) * probe).sum(), list(net.parameters()))
     (extract(sd, images, net, spec, grad=True) * probe).sum().backward()
     assert all(parameter.grad is None for parameter in sd.pipeline.unet.parameters())
     assert any(gradient.abs().max() > 0.1 for gradient in expected)
