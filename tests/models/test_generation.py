@@ -198,3 +198,12 @@ def test_flux_is_guided_by_a_condition() -> None:
         run_ours("flux", negative_prompt=None)
     with pytest.raises(InputError, match="true_cfg_scale above 1"):
         run_ours("flux", true_cfg_scale=None)
+
+
+def test_a_run_that_captured_its_autoencoder_still_decodes_other_latents():
+    run = run_ours("unet", capture="vae.decoder.hook_out", steps=2)
+    assert run.predicted_x0 is not None
+    earlier = run.predicted_x0[0]
+    expected = Diffusion(pipeline("unet")).decode(earlier)
+    torch.testing.assert_close(run.decode(earlier), expected)
+    assert not torch.allclose(run.decode(earlier), run.pixels, atol=1e-3)
