@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import interp
 from interp import tables
-from interp.hyperfeatures import AggregationNetwork, extract, presets, stack
+from interp.hyperfeatures import AggregationNetwork, extract, layer_maps, presets, stack
 from interp.progress import track
 from interp.zoo.diffusion.architecture import new_tokenizer
 
@@ -125,15 +125,21 @@ def streaming(sd: interp.Diffusion, images: Tensor, rounds: int) -> list[list[An
     def stacked() -> Tensor:
         return net(stack(sd, images, spec, progress=False))
 
+    @torch.no_grad()
+    def kept() -> Tensor:
+        maps, _ = layer_maps(sd, images, spec, progress=False)
+        return net(maps, spec.output_size)
+
     runs: dict[str, Callable[[], Any]] = {
         "the process alone": bare,
         "all maps stacked, then aggregated": stacked,
+        "all maps kept in their own sizes": kept,
         "streamed": partial(extract, sd, images, net, spec, progress=False),
     }
     difference = float((stacked() - extract(sd, images, net, spec, progress=False)).abs().max())
     needs = {name: min(peak(run, sd.device) for _ in range(2)) for name, run in runs.items()}
     times = timed(runs, rounds, sd.device)
-    first, full, lean = runs
+    first, full, _, lean = runs
     rows = []
     for name in runs:
         features = max(0.0, needs[name] - needs[first])
@@ -167,7 +173,7 @@ def captures(sd: interp.Diffusion, latents: Tensor, context: Any, rounds: int) -
     """All branch sites in one call of the denoiser, by several tools."""
     sites = sd.sites(presets.BRANCHES)
     modules = [sd.denoiser.get_submodule(sd.place(site).path.split(".", 1)[1]) for site in sites]
-    embedded = context.cond["encoder_hidden_states"]
+    embedded = context.cond.states
 
     @torch.no_grad()
     def bare() -> list[Tensor]:

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -27,6 +28,10 @@ PIXELS = [RANDOM.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in range(3)]
 CELLS = pd.DataFrame(
     [{"site": site, "timestep": time, "score": 0.1 * time} for site in ("up.0", "up.1") for time in (1, 5)]
 )
+ERRORS = pd.DataFrame(
+    [{"head": "readout", "samples": n, "timestep": t, "error": t / n} for n in (1, 2) for t in (5.0, 9.0, 9.0)]
+    + [{"head": "mean", "samples": n, "timestep": np.nan, "error": 4.0 + n} for n in (1, 2)]
+)
 HISTORY = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "score": [np.nan, 0.5, 0.6]})
 
 DRAW: dict[str, Callable[..., Axes]] = {
@@ -43,8 +48,10 @@ DRAW: dict[str, Callable[..., Axes]] = {
     "layer_timestep_map": lambda ax=None: figures.layer_timestep_map(RANDOM.random((3, 4)), [-1, 60, 160], ax=ax),
     "matched_points": lambda ax=None: figures.matched_points(*PIXELS[:2], [[1, 2]], [[3, 4]], correct=[False], ax=ax),
     "pck_bars": lambda ax=None: figures.pck_bars({"a": {"img": Interval(0.5, 0.4, 0.6)}}, ax=ax),
+    "head_errors": lambda ax=None: figures.head_errors(ERRORS, ax=ax),
     "readout_map": lambda ax=None: figures.readout_map(CELLS, ax=ax),
     "training_curves": lambda ax=None: figures.training_curves(HISTORY, ax=ax),
+    "trial_dots": lambda ax=None: figures.trial_dots({"unguided": [3.0, 5.0], "guided": [1.0, 2.0]}, ax=ax),
     "warp_panel": lambda ax=None: figures.warp_panel(*PIXELS, *PIXELS[:2], ax=ax),
 }
 
@@ -68,7 +75,7 @@ def words(ax: Axes) -> list[str]:
 
 def test_every_figure_is_drawn_here():
     # Of several axes each: these return a figure, and have tests of their own.
-    whole = {"panels", "readout_panels", "style"}
+    whole = {"film_strip", "panels", "readout_panels", "style"}
     functions = {name for name in figures.__all__ if callable(getattr(figures, name))} - whole
     assert functions == set(DRAW)
 
@@ -217,6 +224,40 @@ def test_bars_are_means_with_intervals_and_tasks():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["p", "c"]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["patch", "control"]
     assert ax.yaxis_inverted()
+
+
+def test_errors_of_heads_are_means_by_timestep_and_bounds_are_lines():
+    ax = figures.head_errors(ERRORS)
+    np.testing.assert_allclose(line(ax, "2 samples"), [[5.0, 2.5], [9.0, 4.5]])
+    np.testing.assert_allclose(line(ax, "mean")[:, 1], 6.0)
+    with pytest.raises(InputError, match="no column 'samples'"):
+        figures.head_errors(ERRORS.drop(columns="samples"))
+    with pytest.raises(InputError, match="no row of the table has a timestep"):
+        figures.head_errors(ERRORS[ERRORS["head"] == "mean"])
+
+
+def test_trials_are_dots_around_their_median():
+    ax = figures.trial_dots({"unguided": [3.0, 5.0, 9.0], "guided": [1.0, 2.0, 2.5]}, label="pixels")
+    np.testing.assert_allclose([points.get_offsets()[:, 0] for points in ax.collections], [[3, 5, 9], [1, 2, 2.5]])
+    assert [artist.get_xdata()[0] for artist in ax.lines] == [5.0, 2.0]
+    assert to_hex(ax.lines[1].get_color()) == to_hex(figures.COLOURS[0]) != to_hex(ax.lines[0].get_color())
+    with pytest.raises(ShapeError, match="at least one trial"):
+        figures.trial_dots({"unguided": []})
+    with pytest.raises(InputError, match="not finite"):
+        figures.trial_dots({"unguided": [np.nan]})
+
+
+def test_film_strips_draw_readouts_over_frames_and_targets_beside_them():
+    images = torch.full((2, 3, 3, 8, 8), 0.5)
+    readouts = torch.zeros(2, 3, 1, 4, 4)
+    readouts[1, 2] = 1.0
+    figure = figures.film_strip(images, ["0", "1", "2"], ["a", "b"], readouts=readouts, targets=[None, readouts[1, 2]])
+    shown = np.array([ax.images[0].get_array() for ax in figure.axes]).reshape(2, 4, 8, 8, 3)
+    assert (shown[0, 0] == 1).all() and not (shown[1, 0] == 1).all()  # no target, a target
+    np.testing.assert_allclose(shown[0, 1:], 0.45 * 0.5 + 0.55, atol=1e-6)  # nothing is read: a paler frame
+    np.testing.assert_allclose(shown[1, 3], shown[1, 0], atol=1e-6)  # read everywhere: its colour alone
+    with pytest.raises(ShapeError, match="3 rows and 3 steps are named; there are 2 and 3"):
+        figures.film_strip(images, ["0", "1", "2"], ["a", "b", "c"])
 
 
 def test_strips_show_images_of_every_kind(tmp_path: Path):

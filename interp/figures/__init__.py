@@ -9,10 +9,12 @@ Sizes are in inches; a column of most proceedings is 3.3 wide.
 from interp.figures.correspondence import layer_timestep_map, matched_points, pck_bars, warp_panel
 from interp.figures.curves import accuracy_by_layer, lens_phases, sample_efficiency
 from interp.figures.drawing import COLOURS, COLUMN, panels, style
+from interp.figures.film import film_strip
 from interp.figures.images import image_strip
 from interp.figures.maps import embedding_scatter
-from interp.figures.readouts import readout_map, readout_panels, training_curves
+from interp.figures.readouts import head_errors, readout_map, readout_panels, training_curves
 from interp.figures.tables import condition_bars, similarity_matrix, transfer_table
+from interp.figures.trials import trial_dots
 
 __all__ = [
     "COLOURS",
@@ -20,6 +22,8 @@ __all__ = [
     "accuracy_by_layer",
     "condition_bars",
     "embedding_scatter",
+    "film_strip",
+    "head_errors",
     "image_strip",
     "layer_timestep_map",
     "lens_phases",
@@ -33,5 +37,6 @@ __all__ = [
     "style",
     "training_curves",
     "transfer_table",
+    "trial_dots",
     "warp_panel",
 ]

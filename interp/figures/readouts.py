@@ -13,7 +13,7 @@ from torch import Tensor
 
 from interp.errors import InputError, ShapeError
 from interp.figures.correspondence import layer_timestep_map
-from interp.figures.drawing import COLOURS, COLUMN, axes_or_new, panels, style
+from interp.figures.drawing import COLOURS, COLUMN, QUIET, axes_or_new, panels, style
 
 
 def readout_map(
@@ -89,6 +89,44 @@ def training_curves(history: pd.DataFrame, *, smooth: int = 25, ax: Axes | None 
             other = ax.twinx()
             other.plot(scores["step"], scores["score"], color=COLOURS[1], marker="o", markersize=3)
             other.set_ylabel("validation score", color=COLOURS[1])
+    return ax
+
+
+def head_errors(table: pd.DataFrame, *, label: str = "error", ax: Axes | None = None) -> Axes:
+    """Draw the error of heads by timestep between their bounds.
+
+    Args:
+        table: rows with ``head``, ``samples``, ``timestep`` and ``error``; rows without a timestep are bounds, drawn as
+            lines at the mean of their largest number of samples. Other rows make a curve for each number of samples,
+            with the standard error of the mean around it.
+        label: what the error is.
+        ax: where to draw; a new figure of one column without it.
+
+    Returns:
+        The axes.
+
+    Raises:
+        InputError: a column is missing, or there is no row with a timestep.
+    """
+    missing = [name for name in ("head", "samples", "timestep", "error") if name not in table]
+    if missing:
+        raise InputError(f"the table has no column {missing[0]!r}: it has {', '.join(map(str, table.columns))}")
+    read = table.dropna(subset=["timestep"])
+    if not len(read):
+        raise InputError("no row of the table has a timestep")
+    bounds = table[table["timestep"].isna()]
+    with axes_or_new(ax, (COLUMN, 2.1)) as ax:
+        for index, (samples, rows) in enumerate(read.groupby("samples")):
+            cells = rows.groupby("timestep")["error"].agg(["mean", "sem"])
+            colour = COLOURS[index % len(COLOURS)]
+            ax.plot(cells.index, cells["mean"], color=colour, marker="o", markersize=3, label=f"{samples} samples")
+            low, high = cells["mean"] - cells["sem"], cells["mean"] + cells["sem"]
+            ax.fill_between(cells.index, low, high, color=colour, alpha=0.2, linewidth=0)
+        for line, (name, rows) in zip(("--", ":", "-."), bounds.groupby("head", sort=False), strict=False):
+            most = rows[rows["samples"] == rows["samples"].max()]
+            ax.axhline(most["error"].mean(), color=QUIET, linestyle=line, linewidth=1, label=str(name))
+        ax.set(xlabel="timestep", ylabel=label, ylim=(0, None))
+        ax.legend()
     return ax
 
 

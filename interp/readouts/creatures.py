@@ -140,8 +140,8 @@ def triplet_scenes(n: int, seed: int, kind: str = "appearance") -> tuple[list[Sc
         n: how many.
         seed: of scenes, movements and colours.
         kind: ``"appearance"``: the positive is the anchor moved, background and all; ``"identity"``: the same creature
-            anywhere, in any pose and before any background. The negative is recoloured (even examples), or another
-            species in the anchor's colours (odd ones).
+            anywhere, in any pose and before any background. The negative is moved as well and recoloured (even
+            examples), or another species in the anchor's colours (odd ones).
 
     Returns:
         Anchors, positives and negatives.
@@ -154,7 +154,9 @@ def triplet_scenes(n: int, seed: int, kind: str = "appearance") -> tuple[list[Sc
     anchors = draw_scenes(n, seed)
     rng = np.random.default_rng((seed, 2))
     if kind == "appearance":
-        positives, recoloured = moved(anchors, seed), [_recoloured(scene, rng) for scene in anchors]
+        positives = moved(anchors, seed)
+        # As far from the anchor's place as the positive: then nothing but its looks tells the two apart.
+        recoloured = [_recoloured(scene, rng) for scene in moved(anchors, int(rng.integers(2**31)))]
     else:
         places = [_redrawn([scene.species for scene in anchors], (seed, turn)) for turn in (3, 4)]
         positives = [

@@ -91,7 +91,7 @@ def agreement(predicted: Int[Tensor, "picture field"], scenes: Sequence[Scene]) 
     return {field: round(share, 4) for field, share in zip((*FIELDS, "all"), shares, strict=True)}
 
 
-def _worsened(
+def worsened(
     images: Float[Tensor, "picture 3 height width"], generator: torch.Generator
 ) -> Float[Tensor, "picture 3 height width"]:
     """Pictures with some blur and noise, as an autoencoder leaves them."""
@@ -129,7 +129,7 @@ def train_classifier(
     rng, generator = np.random.default_rng(stage.seed), torch.Generator().manual_seed(stage.seed)
     chosen = epochs(len(pictures), stage, rng)
     for step, indexes in enumerate(track(chosen, stage.name, stage.steps), start=1):
-        logits = classifier(_worsened(pictures[indexes].float() / 255, generator))
+        logits = classifier(worsened(pictures[indexes].float() / 255, generator))
         losses = [functional.cross_entropy(field, wanted[indexes, place]) for place, field in enumerate(logits)]
         loss = torch.stack(losses).sum()
         optimiser.step(loss)

@@ -1,0 +1,54 @@
+"""Readout heads that ship with the small diffusion model, and the estimator that judges what they guide."""
+
+from pathlib import Path
+
+from interp.errors import UnknownNameError, nearest
+from interp.models.diffusion import Diffusion
+from interp.readouts.checkpoints import load
+from interp.readouts.readout import Readout
+from interp.zoo import path
+from interp.zoo.readouts.estimator import Estimate, Estimator, load_estimator
+
+MODEL = "tiny-diffusion"
+
+__all__ = ["Estimate", "Estimator", "estimator", "head", "head_names", "heads_folder"]
+
+
+def heads_folder() -> Path:
+    """The folder of the heads that ship: one folder for each."""
+    return path(MODEL) / "readouts"
+
+
+def head_names(folder: Path | None = None) -> list[str]:
+    """The names of the heads in a folder; of those that ship without one."""
+    home = heads_folder() if folder is None else folder
+    return sorted(file.parent.name for file in home.glob("*/readout.json"))
+
+
+def head(name: str, sd: Diffusion | None = None, folder: str | Path | None = None) -> Readout:
+    """A head that ships, or one of the same name from another folder.
+
+    Args:
+        name: of the property, such as ``"pose"``.
+        sd: the model that it is to be used on, which is checked; those that ship are for ``zoo:tiny-diffusion``.
+        folder: of heads, one folder for each; None: of those that ship.
+
+    Raises:
+        UnknownNameError: no such head.
+        InputError: another model.
+    """
+    home = heads_folder() if folder is None else Path(folder)
+    known = head_names(home)
+    if name not in known:
+        there = f"in {str(home)!r} there are {', '.join(known)}" if known else f"{str(home)!r} holds none"
+        raise UnknownNameError(f"no head {name!r}: {there}. {nearest(name, known)}".rstrip())
+    return load(home / name, sd)
+
+
+def estimator() -> Estimator:
+    """The estimator that ships.
+
+    Raises:
+        InputError: it is missing.
+    """
+    return load_estimator(path(MODEL) / "estimator")
