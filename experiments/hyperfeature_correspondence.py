@@ -11,7 +11,7 @@ import typer
 
 import interp
 from interp import tables
-from interp.correspondence import read_pairs
+from interp.correspondence import Pair, read_pairs, read_spair
 from interp.correspondence.pck import BASES
 from interp.errors import InputError
 from interp.hyperfeatures import About, FeatureSpec, presets, save
@@ -25,7 +25,9 @@ from interp.zoo.creatures import caption, draw_scenes
 
 def run(
     model: Annotated[str, typer.Option(help="zoo:NAME, a local folder, or a Hub id.")] = "zoo:tiny-diffusion",
-    pairs: Annotated[str, typer.Option(help="A pair list to test on; empty: pictures of the creatures.")] = "",
+    pairs: Annotated[
+        str, typer.Option(help="A pair list to test on, or SPair-71k's folder; empty: creatures.")
+    ] = "",
     training: Annotated[str, typer.Option(help="With --pairs: the list to train on, needed.")] = "",
     validation: Annotated[str, typer.Option(help="With --pairs: the list to choose by, needed.")] = "",
     images: Annotated[str, typer.Option(help="With --pairs: the folder of their images.")] = "",
@@ -55,7 +57,8 @@ def run(
     sd = interp.Diffusion.from_pretrained(model, **({"device": device} if device else {}))
     if pairs:
         sizes = {"load_size": (match_size, match_size), "image_size": (image_size, image_size)}
-        splits, size, held = [listed(pairs, training, validation, images)], (match_size, match_size), hold
+        split = published(pairs) if Path(pairs).is_dir() else listed(pairs, training, validation, images)
+        splits, size, held = [split], (match_size, match_size), hold
     else:
         sizes, size, held = {}, None, None
         splits = creature_splits(train_pairs, max(2, train_pairs // 8), test_pairs, FOLDS[:folds])
@@ -124,7 +127,20 @@ def listed(pairs: str, training: str, validation: str, images: str) -> Split:
                 f"--pairs needs {option}, a list of other pairs; to see no more than that everything runs, give the "
                 "test list for all three"
             )
-    parts = [read_pairs(name, images=images) for name in (training, validation, pairs)]
+    return split_of([read_pairs(name, images=images) for name in (training, validation, pairs)])
+
+
+def published(folder: str) -> Split:
+    """The split of SPair-71k as published: its training, validation and test pairs.
+
+    Raises:
+        InputError: as `read_spair`.
+    """
+    return split_of([read_spair(folder, name) for name in ("trn", "val", "test")])
+
+
+def split_of(parts: list[list[Pair]]) -> Split:
+    """Training, validation and test pairs with the files of their images."""
     files: dict[object, Path] = {}
     for pair in (one for part in parts for one in part):
         for key, file in ((pair.source, pair.source_file), (pair.target, pair.target_file)):

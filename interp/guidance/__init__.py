@@ -8,7 +8,7 @@ with, in place of the `Twin` that runs beside each sample.
 
 from interp.guidance import presets
 from interp.guidance.appearance import Appearance
-from interp.guidance.checkpointing import checkpointed, frozen
+from interp.guidance.checkpointing import checkpointed, without_weight_gradients
 from interp.guidance.drag import Drag
 from interp.guidance.guide import Guide
 from interp.guidance.identity import Identity
@@ -30,6 +30,6 @@ __all__ = [
     "Twin",
     "checkpointed",
     "edit_real",
-    "frozen",
     "presets",
+    "without_weight_gradients",
 ]

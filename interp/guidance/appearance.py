@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.guidance.readout_terms import ReadoutTerm, aligned_cosine_distance, per_sample
+from interp.guidance.readout_terms import ReadoutTerm, per_sample
 from interp.guidance.terms import Rescale, Weight
+from interp.readouts.losses import aligned_cosine_distance
 
 # (top, left, bottom, right) in shares 0 to 1 of the image
 Box = Sequence[float]

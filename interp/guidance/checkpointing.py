@@ -14,7 +14,7 @@ from interp.replay import Replaying, is_replay
 
 
 @contextmanager
-def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+def without_weight_gradients(modules: Iterable[nn.Module]) -> Iterator[None]:
     """No gradients for any weight, so that nothing is kept for them; what asked for gradients before does again after.
 
     Args:

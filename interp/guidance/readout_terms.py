@@ -4,7 +4,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -101,13 +100,3 @@ def per_sample(given: Any, rows: int, what: str) -> list[Any]:
     if len(given) not in (1, rows):
         raise InputError(f"{what}: {len(given)} for {rows} samples; give one for all, or one for each")
     return list(given) * rows if len(given) == 1 else list(given)
-
-
-def aligned_cosine_distance(
-    seen: Float[Tensor, "sample channel height width"], reference: Float[Tensor, "sample channel height width"]
-) -> Float[Tensor, " sample"]:
-    """Mean over the cells of 1 - cosine between the channels of both maps there.
-
-    Source: Readout Guidance, section 3 (appearance) and official code.
-    """
-    return (1 - torch.cosine_similarity(seen, reference, dim=1)).mean(dim=(1, 2))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import ShapeError
-from interp.guidance.checkpointing import frozen
+from interp.guidance.checkpointing import without_weight_gradients
 from interp.guidance.gradients import measure
 from interp.guidance.log import Log
 from interp.guidance.reading import Reader, Readings
@@ -176,7 +176,7 @@ def steering(
             twin = _twin(guide.reference, guide, predict, another_solver(), latents, keep)
     with ExitStack() as stack:
         heads = [module for term in guide.terms for module in term.modules]
-        stack.enter_context(frozen([sd.denoiser, *heads]))
+        stack.enter_context(without_weight_gradients([sd.denoiser, *heads]))
         stack.enter_context(reader.session)
         made = Steering(guide, predict, solver, reader, twin)
         yield made

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from interp.errors import InputError
+from interp.errors import InputError, nearest
 from interp.images import load_image
 from interp.readouts.data import read_json
 from interp.readouts.tracks import Tracks, read_tracks
@@ -21,7 +21,8 @@ class DragExample:
         size: (height, width) that the tracks are in.
         prompt: of the picture.
         seed: of its noise.
-        name: of the example.
+        name: of the example: its video or picture.
+        drag: of what is asked of it, such as ``"right-arm"``.
     """
 
     image: Image.Image
@@ -30,16 +31,19 @@ class DragExample:
     prompt: str
     seed: int
     name: str
+    drag: str
 
 
-def load_drag_example(folder: str | Path) -> DragExample:
-    """Read ``source.png``, ``info.json`` and ``tracks_{name}.npy`` of one example.
+def load_drag_example(folder: str | Path, drag: str | None = None) -> DragExample:
+    """Read ``source.png``, ``info.json`` and ``tracks_{drag}.npy`` of one example.
 
     Args:
-        folder: of the example. ``visibles_{name}.npy`` is read where it is there; else all points are visible.
+        folder: of the example. ``visibles_{drag}.npy`` is read where it is there; else all points are visible.
+        drag: which tracks, where the folder has several; None: the only ones.
 
     Raises:
-        InputError: a file or field that is missing or cannot be read; the message names it.
+        InputError: a file or field that is missing or cannot be read, or several tracks of which none is named; the
+            message says which there are.
 
     Source: Readout Guidance, official example data.
     """
@@ -52,10 +56,17 @@ def load_drag_example(folder: str | Path) -> DragExample:
         raise InputError(
             f"{str(home / 'info.json')!r} lacks or garbles video_name, prompt, seed or image_dim: {error!r}"
         ) from error
-    visible = home / f"visibles_{name}.npy"
-    tracks = read_tracks([home / f"tracks_{name}.npy"], [visible] if visible.is_file() else [])
+    drags = sorted(file.stem.removeprefix("tracks_") for file in home.glob("tracks_*.npy"))
+    if drag is None and len(drags) == 1:
+        drag = drags[0]
+    if drag not in drags:
+        there = ", ".join(f"tracks_{one}.npy" for one in drags) or "no tracks_*.npy"
+        wanted = "name one of several drags" if drag is None and drags else f"there is no tracks_{drag or '...'}.npy"
+        raise InputError(f"{str(home)!r} holds {there}: {wanted}. {nearest(drag or '', drags)}".rstrip())
+    visible = home / f"visibles_{drag}.npy"
+    tracks = read_tracks([home / f"tracks_{drag}.npy"], [visible] if visible.is_file() else [])
     # Some of these files are JPEG under the name .png; images are told by their content.
-    return DragExample(load_image(home / "source.png"), tracks, (height, width), prompt, seed, name)
+    return DragExample(load_image(home / "source.png"), tracks, (height, width), prompt, seed, name, drag)
 
 
 def load_prompts(file: str | Path) -> dict[str, str]:

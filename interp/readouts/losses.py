@@ -79,7 +79,7 @@ def aligned_cosine_distance(
         maps_b: descriptors of the same shape.
 
     Returns:
-        0 (the same directions) to 2, for each pair of maps, in float32.
+        0 (the same directions) to 2, for each pair of maps, in float32 or better.
 
     Raises:
         ShapeError: the shapes differ.
@@ -88,7 +88,8 @@ def aligned_cosine_distance(
     """
     if maps_a.shape != maps_b.shape:
         raise ShapeError(f"maps of shapes {list(maps_a.shape)} and {list(maps_b.shape)} have no common cells")
-    return (1 - F.cosine_similarity(maps_a.float(), maps_b.float(), dim=1)).mean(dim=(-2, -1))
+    a, b = (maps.to(torch.promote_types(maps.dtype, torch.float32)) for maps in (maps_a, maps_b))
+    return (1 - F.cosine_similarity(a, b, dim=1)).mean(dim=(-2, -1))
 
 
 def cosine_hinge(

@@ -12,6 +12,7 @@ from interp.cli import load_experiment
 from interp.errors import InputError
 from interp.hyperfeatures import comparison, load
 from interp.runs import Run
+from tests.correspondence.test_pairs import spair
 from tests.tiny_diffusion import stable_diffusion
 
 run = load_experiment("hyperfeature-correspondence")
@@ -167,6 +168,19 @@ def test_bad_options_are_refused_before_anything_runs(settings, tmp_path, monkey
     with pytest.raises(InputError, match=words):
         run(**settings | change, out=str(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_published_folder_has_its_own_splits(tmp_path):
+    root = spair(tmp_path / "SPair-71k")
+    lines = (root / "Layout/large/test.txt").read_text().split()
+    for name, line in (("trn", lines[0]), ("val", lines[1])):
+        (root / f"Layout/large/{name}.txt").write_text(line)
+        (root / "PairAnnotation" / name).mkdir()
+        annotation = (root / f"PairAnnotation/test/{line}.json").read_text()
+        (root / f"PairAnnotation/{name}/{line}.json").write_text(annotation)
+    split = run.__globals__["published"](str(root))
+    assert [len(part) for part in (split.train, split.validation, split.test)] == [1, 1, 3]
+    assert {file.name for file in split.images.values()} == {"a.jpg", "b.jpg", "c.jpg"}
 
 
 def test_points_outside_an_image_are_refused(settings, tmp_path):

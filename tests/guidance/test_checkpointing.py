@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import interp
 from interp.errors import InputError
-from interp.guidance import Guide, Term, checkpointed, frozen
+from interp.guidance import Guide, Term, checkpointed, without_weight_gradients
 from interp.guidance.checkpointing import run_again
 from interp.replay import Replaying, acting_thread, is_replay
 from tests.guidance.closed_form import NEGATIVE, PROMPT, SITES, STEPS, draw, model
@@ -105,7 +105,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
         return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
     everything = kept()
-    with frozen([sd.denoiser]):
+    with without_weight_gradients([sd.denoiser]):
         without_weights = kept()
         with checkpointed(sd.denoiser):
             least = kept()
@@ -169,7 +169,7 @@ def test_a_repetition_in_another_thread_is_heard_as_the_first_time() -> None:
     sd, start = model(), draw(1, 4, 8, 8, seed=26)
     text = sd.prompt(PROMPT).cond.states
     gradients = []
-    with frozen([sd.denoiser]), sd.edit(interp.Scale(INSIDE, 3.0)), sd.record([INSIDE]) as caught:
+    with without_weight_gradients([sd.denoiser]), sd.edit(interp.Scale(INSIDE, 3.0)), sd.record([INSIDE]) as caught:
         for elsewhere in (False, True):
             x = start.clone().requires_grad_()
             with checkpointed(sd.denoiser):

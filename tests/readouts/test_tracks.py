@@ -93,7 +93,7 @@ def drag(tmp_path, points=XY, **changes):
     (tmp_path / "info.json").write_text(json.dumps({key: value for key, value in info.items() if value is not None}))
     # A JPEG under the name of a PNG, as some of the shipped ones are.
     Image.new("RGB", (16, 12), (200, 10, 10)).save(tmp_path / "source.png", format="JPEG")
-    np.save(tmp_path / "tracks_lion.npy", points[None])
+    np.save(tmp_path / "tracks_head-turn.npy", points[None])
     return tmp_path
 
 
@@ -102,19 +102,34 @@ def test_drag_examples_load_with_and_without_visibility(tmp_path):
     assert (example.size, example.prompt, example.seed, example.name) == ((12, 16), "a lion", 3, "lion")
     assert example.image.size == (16, 12) and example.image.getpixel((3, 3))[0] > 150
     assert example.tracks.pair(0, 1)[0].tolist() == [[2, 1.5], [4, 10]]
-    np.save(tmp_path / "visibles_lion.npy", np.array([[[1, 1], [0, 1]]]))
+    np.save(tmp_path / "visibles_head-turn.npy", np.array([[[1, 1], [0, 1]]]))
     assert load_drag_example(tmp_path).tracks.pair(0, 1)[0].tolist() == [[4, 10]]
     # Four frames of one point, without a file of visibility.
-    np.save(drag(tmp_path, XY.reshape(4, 1, 2)) / "visibles_lion.npy", np.ones((1, 4, 1)))
-    (tmp_path / "visibles_lion.npy").unlink()
+    np.save(drag(tmp_path, XY.reshape(4, 1, 2)) / "visibles_head-turn.npy", np.ones((1, 4, 1)))
+    (tmp_path / "visibles_head-turn.npy").unlink()
     assert load_drag_example(tmp_path).tracks.frames(2).n_frames == 2
     with pytest.raises(InputError, match=r"info\.json' lacks or garbles.*prompt"):
         load_drag_example(drag(tmp_path, prompt=None))
     with pytest.raises(InputError, match="image_dim"):
         load_drag_example(drag(tmp_path, image_dim=[1, 2, 3]))
-    (drag(tmp_path) / "tracks_lion.npy").unlink()
-    with pytest.raises(InputError, match=r"tracks_lion\.npy"):
+    (drag(tmp_path) / "tracks_head-turn.npy").unlink()
+    with pytest.raises(InputError, match=r"holds no tracks_\*\.npy"):
         load_drag_example(tmp_path)
+
+
+def test_one_of_several_drags_is_named(tmp_path):
+    folder = drag(tmp_path)
+    assert load_drag_example(folder).drag == "head-turn"
+    np.save(folder / "tracks_tail-up.npy", (XY + 1)[None])
+    for name, shift in (("head-turn", 0), ("tail-up", 1)):
+        assert load_drag_example(folder, name).tracks.pair(0, 1)[0].tolist() == [
+            [2 + shift, 1.5 + shift],
+            [4 + shift, 10 + shift],
+        ]
+    with pytest.raises(InputError, match=r"tracks_head-turn\.npy, tracks_tail-up\.npy: name one of several drags"):
+        load_drag_example(folder)
+    with pytest.raises(InputError, match=r"there is no tracks_tail-down\.npy\. Did you mean"):
+        load_drag_example(folder, "tail-down")
 
 
 def test_prompts_of_control_images(tmp_path):
