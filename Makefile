@@ -31,6 +31,7 @@ test: $(VENV)/.installed-dev
 zoo: $(VENV)/.installed
 	$(BIN)/python -m interp.zoo.train
 	$(BIN)/python -m interp.zoo.diffusion.train
+	$(BIN)/python -m interp.zoo.readouts.train
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/capture_overhead.py

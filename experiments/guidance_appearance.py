@@ -22,7 +22,7 @@ from interp.readouts import Readout
 from interp.runs import Run
 from interp.zoo.readouts import estimator, head
 
-APPEARANCE, IDENTITY, SHUFFLED = "appearance", "appearance and identity", "shuffled head"
+POOLED, ALIGNED, IDENTITY, SHUFFLED = "appearance", "cell by cell", "identity in boxes", "shuffled head"
 
 
 def run(
@@ -55,9 +55,10 @@ def run(
         twins = partial(twin, sd, goals.prompts, theirs)
         broken = shuffled(looks, seed)
         arms = [
-            Arm(APPEARANCE, lambda part: Guide([Appearance(looks)], reference=twins(part), **settings)),
+            Arm(POOLED, lambda part: Guide([Appearance(looks, pooled=True)], reference=twins(part), **settings)),
+            Arm(ALIGNED, lambda part: Guide([Appearance(looks)], reference=twins(part), **settings)),
             Arm(IDENTITY, lambda part: with_identity(looks, who, boxes, twins, settings, part)),
-            Arm(SHUFFLED, lambda part: Guide([Appearance(broken)], reference=twins(part), **settings)),
+            Arm(SHUFFLED, lambda part: Guide([Appearance(broken, pooled=True)], reference=twins(part), **settings)),
         ]
         after = run_trials(sd, [""] * trials, arms, seeds=own, **sampling)
         images = before.images | after.images
@@ -67,7 +68,7 @@ def run(
         for measure in next(iter(measured.values())):
             values = {arm: by_measure[measure] for arm, by_measure in measured.items()}
             comparisons.append(compared(values).assign(measure=measure))
-            name = measure.replace(" ", "-")
+            name = measure.replace(" ", "-").replace("'", "")
             folder.save_figure(name, figures.trial_dots(values, label=measure).figure)
             folder.save_table(f"{name}-trials", pd.DataFrame(values))
         table = pd.concat(comparisons, ignore_index=True)
@@ -85,9 +86,10 @@ def twin(sd: interp.Diffusion, prompts: Sequence[str], seeds: Sequence[int], par
 def with_identity(
     looks: Readout, who: Readout, boxes: Sequence[Any], twins: Any, settings: dict[str, Any], part: Sequence[int]
 ) -> Guide:
-    """The guide of some trials to looks and creature within a pair of boxes."""
+    """The guide of some trials to the looks of the whole image and the creature within a pair of boxes."""
     pairs = [boxes[index] for index in part]
-    return Guide([Appearance(looks, boxes=pairs), Identity(who, boxes=pairs)], reference=twins(part), **settings)
+    terms = [Appearance(looks, pooled=True), Identity(who, boxes=pairs, pooled=True)]
+    return Guide(terms, reference=twins(part), **settings)
 
 
 def show(table: pd.DataFrame, times: dict[str, float]) -> None:

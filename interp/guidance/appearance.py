@@ -32,6 +32,8 @@ class Appearance(ReadoutTerm):
         rescale: ``"latent_range"``, as the authors', outweighs terms without it by the squared range of the latents,
             some 60 times in the first steps; None: the distance as it is, 0 to 2.
         name: in tables.
+        pooled: compare the means of the descriptors over all cells (of the boxes) in place of cell by cell: the looks
+            are asked for, but no longer their places.
 
     Raises:
         InputError: boxes that are empty, outside the image, or smaller than a cell.
@@ -44,6 +46,7 @@ class Appearance(ReadoutTerm):
     weight: Weight = 1.0
     rescale: Rescale | None = "latent_range"
     name: str = "appearance"
+    pooled: bool = False
 
     compares = True
 
@@ -64,11 +67,18 @@ class Appearance(ReadoutTerm):
         """See `ReadoutTerm`."""
         assert reference is not None
         if self.boxes is None:
-            return aligned_cosine_distance(seen, reference)
+            return self._distance(seen, reference)
         pairs = per_sample(self._cells(), len(seen), f"boxes of term {self.name!r}")
         there = torch.cat([_cropped(one, box) for (box, _), one in zip(pairs, reference, strict=True)])
         here = torch.cat([_cropped(one, box) for (_, box), one in zip(pairs, seen, strict=True)])
-        return aligned_cosine_distance(here, there)
+        return self._distance(here, there)
+
+    def _distance(
+        self, seen: Float[Tensor, "sample out height width"], reference: Float[Tensor, "sample out height width"]
+    ) -> Float[Tensor, " sample"]:
+        if self.pooled:
+            seen, reference = (maps.mean(dim=(2, 3), keepdim=True) for maps in (seen, reference))
+        return aligned_cosine_distance(seen, reference)
 
     @property
     def observed(self) -> list[tuple[slice, slice]]:

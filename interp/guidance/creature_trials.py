@@ -16,8 +16,8 @@ from interp.zoo.readouts.estimator import PIXELS, Estimate, Estimator
 ERRORS = {
     "pose": "keypoint error (pixels)",
     "keypoints": "keypoint error (pixels)",
-    "depth": "RMSE of depth",
-    "edge": "RMSE of edges",
+    "depth": "1 − correlation of depth",
+    "edge": "1 − correlation of edges",
 }
 """What the estimator measures of each property."""
 
@@ -72,7 +72,8 @@ def errors_by(
         images: of every arm, 0 to 1.
         goals: what was asked for.
         name: ``"pose"`` or ``"keypoints"``: the median over a trial's keypoints of their distance in pixels;
-            ``"depth"`` or ``"edge"``: the root mean squared error over the picture.
+            ``"depth"`` or ``"edge"``: 1 minus the correlation over the picture's cells, so that an empty picture, whose
+            squared error is small, is no better than a wrong one.
 
     Raises:
         UnknownNameError: no such property.
@@ -97,7 +98,8 @@ def _picture_errors(
     seen: Float[Tensor, "trial cell_y cell_x"], true: Float[Tensor, "trial height width"]
 ) -> list[float]:
     pooled = F.adaptive_avg_pool2d(true[:, None], seen.shape[-1])[:, 0]
-    errors: list[float] = (seen - pooled).square().mean(dim=(1, 2)).sqrt().tolist()
+    a, b = ((maps - maps.mean(dim=(1, 2), keepdim=True)).flatten(1) for maps in (seen, pooled))
+    errors: list[float] = (1 - torch.cosine_similarity(a, b, dim=1)).tolist()
     return errors
 
 

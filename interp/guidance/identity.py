@@ -16,7 +16,7 @@ class Identity(Appearance):
     Args:
         readout: of identity.
         boxes: where the face (or creature) is in the reference and in the sample, as for `Appearance`; needed.
-        weight, rescale: as for `Appearance`.
+        weight, rescale, pooled: as for `Appearance`.
         name: in tables.
 
     Raises:
@@ -30,6 +30,7 @@ class Identity(Appearance):
     weight: Weight = 1.0
     rescale: Rescale | None = "latent_range"
     name: str = "identity"
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""

@@ -52,7 +52,7 @@ HEADS: dict[str, HeadRecipe] = {
     recipe.name: recipe
     for recipe in (
         HeadRecipe("pose", "spatial", 3, "sparse_mse", 3e-3, "MSE"),
-        HeadRecipe("depth", "spatial", 1, "mse", 1e-3, "MSE"),
+        HeadRecipe("depth", "spatial", 1, "mse", 3e-3, "MSE"),
         HeadRecipe("edge", "spatial", 1, "sparse_mse", 3e-3, "MSE"),
         HeadRecipe("keypoints", "keypoints", len(KEYPOINTS), "mse", 3e-3, "MSE"),
         HeadRecipe("correspondence", "features", None, "correspondence", 3e-3, "points missed"),

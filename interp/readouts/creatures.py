@@ -17,7 +17,8 @@ from interp.readouts.pose_drawing import CREATURE_BONES, draw_pose
 from interp.zoo.creatures import BACKGROUNDS, SPECIES, Rendered, Scene, draw_scenes, render
 from interp.zoo.creatures.colours import contrasting
 
-RANGES = {"pose": (-0.5, 0.5), "edge": (-0.5, 0.5), "depth": (-1.0, 1.0), "keypoints": (0.0, 1.0)}
+# Most cells are background: depth from -1 on, as for photographs, leaves heads in the flat end of their tanh.
+RANGES = {"pose": (-0.5, 0.5), "edge": (-0.5, 0.5), "depth": (-0.5, 0.5), "keypoints": (0.0, 1.0)}
 """Properties that are pictures or heat maps, and the range of their targets."""
 SIZE, GRID = 64, 16
 

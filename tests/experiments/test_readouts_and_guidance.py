@@ -14,6 +14,7 @@ from interp.runs import Run
 from interp.zoo.readouts import estimator
 
 MODEL = "zoo:tiny-diffusion"
+MEASURES = ("colour-histogram", "creatures-colours", "embedding", "creature", "pose-apart")
 
 
 def only_run(out) -> Run:
@@ -61,7 +62,7 @@ def test_spatial_guidance_is_measured_by_the_estimator(tmp_path, capsys):
     np.testing.assert_allclose(errors["unguided"], own, rtol=1e-3)
     assert not np.allclose(errors["guided"], own, rtol=1e-3)
     assert figures_of(run) == {"edge-trials", "edge-samples", "edge-film"}
-    assert "RMSE of edges, 2 trials; head of 4" in capsys.readouterr().out
+    assert "1 − correlation of edges, 2 trials; head of 4" in capsys.readouterr().out
     with pytest.raises(UnknownNameError, match="no head 'poze'"):
         load_experiment("guidance-spatial")(properties="poze")
 
@@ -72,7 +73,8 @@ def test_drags_are_measured_by_the_way_that_points_went(tmp_path):
     run = only_run(tmp_path)
     table = run.load_table("comparison")
     way = table[table["measure"] == "share of the way"].set_index("arm")
-    assert list(way.index) == ["unguided", "drag", "without anti-ghosting", "shuffled heads"]
+    arms = ["unguided", "drag", "without anti-ghosting", "without, weaker appearance", "shuffled heads"]
+    assert list(way.index) == arms
     assert way.loc["unguided", "mean"] == 0  # where the points were is what the unguided image shows
     assert set(table[table["measure"] == "change of the rest"]["arm"]) == set(way.index) - {"unguided"}
     assert figures_of(run) == {"moved", "rest", "samples"}
@@ -83,11 +85,11 @@ def test_looks_are_compared_with_those_of_the_references(tmp_path):
     main(["run", "guidance-appearance", *options, "--out", str(tmp_path)])
     run = only_run(tmp_path)
     table = run.load_table("comparison")
-    assert set(table["measure"]) == {"colour histogram", "embedding", "creature", "pose apart"}
-    assert set(table["arm"]) == {"unguided", "appearance", "appearance and identity", "shuffled head"}
+    assert set(table["measure"]) == {"colour histogram", "creature's colours", "embedding", "creature", "pose apart"}
+    assert set(table["arm"]) == {"unguided", "appearance", "cell by cell", "identity in boxes", "shuffled head"}
     trials = run.load_table("colour-histogram-trials")
-    assert trials.shape == (2, 4) and ((trials >= 0) & (trials <= 1)).all().all()
-    assert figures_of(run) == {"colour-histogram", "embedding", "creature", "pose-apart", "samples"}
+    assert trials.shape == (2, 5) and ((trials >= 0) & (trials <= 1)).all().all()
+    assert figures_of(run) == {*MEASURES, "samples"}
 
 
 def test_the_sweep_names_the_best_cell_of_each_property(tmp_path, capsys):

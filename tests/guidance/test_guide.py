@@ -143,6 +143,20 @@ def test_boxes_are_cells() -> None:
     assert Appearance(LOOKS).observed == [(slice(0, 8), slice(0, 8))]
 
 
+def test_pooled_looks_have_no_places() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen, other = (torch.randn(2, 6, 8, 8, generator=generator) for _ in range(2))
+    term = Appearance(LOOKS, pooled=True)
+    means = [maps.mean(dim=(2, 3)) for maps in (seen, other)]
+    expected = 1 - (means[0] * means[1]).sum(dim=1) / (means[0].norm(dim=1) * means[1].norm(dim=1))
+    torch.testing.assert_close(term.compare(seen, other), expected)
+    elsewhere = seen.roll((3, 2), dims=(2, 3))
+    assert term.compare(seen, elsewhere).abs().max() < 1e-5 < 0.5 < Appearance(LOOKS).compare(seen, elsewhere).min()
+    boxes = ((0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0))
+    halves = Identity(LOOKS, boxes, pooled=True).compare(seen.roll(4, dims=3), seen)
+    assert halves.abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("terms", "message"),
     [

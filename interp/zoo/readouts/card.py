@@ -53,6 +53,8 @@ def markdown(card: Mapping[str, Any]) -> str:
     lines += ["", f"The same heads trained on {smallest} renders:", ""]
     lines += [f"| head | {' | '.join(f't = {time}' for time in times)} |", "| --- " * (len(times) + 1) + "|"]
     for name, head in card["heads"].items():
+        if smallest not in head["by samples and timestep"]:
+            continue
         read = head["by samples and timestep"][smallest]
         lines.append(f"| {name} | {' | '.join(f'{read[time]:.4f}' for time in times)} |")
     accuracy = estimator["accuracy"]

@@ -23,6 +23,7 @@ from interp.zoo.readouts.estimator import load_estimator, new_estimator, save_es
 from interp.zoo.readouts.estimator_training import accuracy, train_estimator
 
 STUDY = HeadStudy(samples=(100, 1600))
+SHIPPED = tuple(name for name in HEADS if name != "keypoints")  # the pose head reads the same points
 STAGE = Stage("estimator", steps=1500, batch=32, rate=3e-3, seed=5)
 RENDERS, RENDER_SEED = 12_288, 31
 HELD_OUT, HELD_OUT_SEED = 512, 32
@@ -44,7 +45,7 @@ def train(work: Path) -> None:
         (home / "stage.json").write_text(json.dumps(asdict(STAGE) | {"seconds": round(time.time() - started)}))
         save_estimator(estimator, home / "model")
     sd = Diffusion.from_pretrained(f"zoo:{MODEL}")
-    for name in HEADS:
+    for name in SHIPPED:
         if not (work / name / ERRORS).is_file():
             found = study_head(sd, name, STUDY, work)
             (work / name).mkdir(exist_ok=True)
@@ -62,7 +63,7 @@ def install(work: Path) -> None:
     save_estimator(estimator, model / "estimator")
     largest = max(STUDY.samples)
     heads: dict[str, Any] = {}
-    for name in HEADS:
+    for name in SHIPPED:
         home = model / "readouts" / name
         home.mkdir(parents=True, exist_ok=True)
         for file in ("readout.safetensors", "readout.json"):
