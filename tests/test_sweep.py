@@ -112,7 +112,7 @@ def test_the_plan_says_what_really_ran(max_rows) -> None:
     assert counts == {"tokens": swept.plan.token_layers, "vision": 1}
     _, counts = counted(vlm, lambda: naive(vlm, inputs, variants))
     assert counts == {"tokens": swept.plan.naive_token_layers, "vision": 5}
-    assert swept.plan.variants_per_forward == (5 if max_rows == 256 else 2)
+    assert swept.plan.variants_per_forward == (4 if max_rows == 256 else 2)
     assert "shared prefix of 20 of 21 tokens" in str(swept.plan)
 
 
@@ -131,7 +131,8 @@ def test_edits_at_image_tokens_and_before_the_language_model() -> None:
         variants = [[Scale(site, 1.5)], [Zero(RESID.format(1), at="last")]]
         swept, counts = counted(vlm, lambda v=variants: vlm.sweep(inputs, v))
         assert site in swept.plan.reason and not swept.plan.images_shared
-        assert counts == {"tokens": swept.plan.token_layers, "vision": 2}
+        # The third is the unedited run, which tells whether an edit has an effect.
+        assert counts == {"tokens": swept.plan.token_layers, "vision": 3}
         torch.testing.assert_close(swept.logits, naive(vlm, inputs, variants), **TOLERANCE)
 
 
@@ -143,8 +144,7 @@ def test_a_sliding_window(window) -> None:
     swept, counts = counted(vlm, lambda: vlm.sweep(inputs, variants))
     torch.testing.assert_close(swept.logits, naive(vlm, inputs, variants), **TOLERANCE)
     assert counts["tokens"] == swept.plan.token_layers
-    assert ("sliding window" in swept.plan.reason) == (window == 4)
-    assert swept.plan.shared_prefix == (0 if window == 4 else 5)
+    assert swept.plan.shared_prefix == 5 and not swept.plan.reason
 
 
 def test_edits_of_an_outer_block_apply_to_their_own_prompts() -> None:
@@ -187,16 +187,6 @@ def test_edits_of_an_outer_block_before_the_blocks_run_once(site) -> None:
         swept = vlm.sweep(inputs, variants)
     torch.testing.assert_close(swept.logits, want, **TOLERANCE)
     assert swept.plan.images_shared and swept.plan.shared_prefix > 0
-
-
-def test_prefix_keys_within_the_budget(monkeypatch) -> None:
-    vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
-    variants = [[Zero(RESID.format(i), at="last")] for i in range(4)]
-    # Keys and values of 8 tokens: 4 layers × 2 heads × 12 numbers of 4 bytes, twice.
-    monkeypatch.setattr("interp.sweep.CACHE_BYTES", 2 * 8 * 4 * 2 * 12 * 4 * 2 * 3)
-    swept = vlm.sweep(inputs, variants)
-    assert swept.plan.variants_per_forward == 3
-    torch.testing.assert_close(swept.logits, naive(vlm, inputs, variants), **TOLERANCE)
 
 
 def test_bad_sweeps() -> None:

@@ -1,6 +1,6 @@
 """Vision-language models and text decoders: prepare, capture, edit, generate, sweep."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -334,24 +334,65 @@ class VLM(Named):
         return list(self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def sweep(
-        self, inputs: Mapping[str, Any], variants: Sequence[Edit | Sequence[Edit]], *, max_rows: int = 256
+        self,
+        inputs: Mapping[str, Any],
+        variants: Sequence[Edit | Sequence[Edit]],
+        *,
+        metric: Callable[[Tensor], Tensor] | None = None,
+        positions: Any = "last",
+        max_rows: int = 256,
+        memory: int | None = None,
+        dry_run: bool = False,
+        check: bool = True,
+        folder: str | Path | None = None,
+        progress: bool = True,
+        allow_no_effect: bool = False,
+        seed: int = 0,
     ) -> Sweep:
         """Run many variants of one batch, each with edits of its own, and share what they have in common.
 
         Args:
             inputs: prepared or plain model inputs.
             variants: one list of edits per variant.
-            max_rows: the most rows (variants × batch) in one forward.
+            metric: takes each variant's logits ``[batch, vocab]`` (``[batch, pos, vocab]`` for several positions) and
+                returns ``[batch, ...]``; only that is kept then.
+            positions: whose logits are wanted, as for `capture`; one position has no axis.
+            max_rows: the most variants × batch in one forward.
+            memory: bytes that one forward may take. None: half of what is free.
+            dry_run: plan only; nothing runs.
+            check: compare one variant, drawn by ``seed``, with a plain edited forward. That forward takes the place of
+                the unedited one that all variants start from, of which only what it has touched is run again.
+            folder: keeps what is done; a sweep found there goes on.
+            progress: show a bar over variants.
+            allow_no_effect: let variants pass whose edits change no bit of the logits.
+            seed: of the draw.
 
         Returns:
-            Logits at the last position per variant, and the plan: what was shared and what it cost.
+            Logits at the asked positions per variant, or the metric's values, and the plan: what was shared and what
+            it cost.
 
         Raises:
-            InputError: no variants, inputs that are not left-padded token ids, or a bad ``max_rows``.
+            InputError: no variants, inputs that are not left-padded token ids, a bad ``max_rows`` or ``memory``, a
+                folder of another sweep, a metric that returns NaN or no entry per prompt, or a variant without effect.
             UnknownNameError, SiteUnavailableError, ShapeError: bad sites, positions or values of edits.
-            NeverFiredError: an edit that changed nothing.
+            NeverFiredError: an edit that applied to nothing.
+            SweepMismatchError: the checked variant differs from the plain edited forward.
         """
-        return run_sweep(self, inputs, [self._applied(edits) for edits in variants], max_rows=max_rows)
+        return run_sweep(
+            self,
+            inputs,
+            [self._applied(edits) for edits in variants],
+            metric=metric,
+            positions=positions,
+            max_rows=max_rows,
+            memory=memory,
+            dry_run=dry_run,
+            check=check,
+            folder=folder,
+            progress=progress,
+            allow_no_effect=allow_no_effect,
+            seed=seed,
+        )
 
     # ------------------------------------------------------------ helpers
 
