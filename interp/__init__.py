@@ -57,6 +57,7 @@ _MODULES = (
     "lens",
     "metrics",
     "models",
+    "patching",
     "progress",
     "prompts",
     "readouts",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:  # the same surface, for type checkers and editors
     import interp.lens as lens
     import interp.metrics as metrics
     import interp.models as models
+    import interp.patching as patching
     import interp.progress as progress
     import interp.prompts as prompts
     import interp.readouts as readouts

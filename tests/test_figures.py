@@ -52,6 +52,10 @@ DRAW: dict[str, Callable[..., Axes]] = {
     "readout_map": lambda ax=None: figures.readout_map(CELLS, ax=ax),
     "training_curves": lambda ax=None: figures.training_curves(HISTORY, ax=ax),
     "trial_dots": lambda ax=None: figures.trial_dots({"unguided": [3.0, 5.0], "guided": [1.0, 2.0]}, ax=ax),
+    "effect_map": lambda ax=None: figures.effect_map(np.eye(2), ["a", "b"], ["0", "1"], ax=ax),
+    "effect_line": lambda ax=None: figures.effect_line([0.0, 1.0], ["0", "1"], controls={"random": [0.1]}, ax=ax),
+    "image_heat": lambda ax=None: figures.image_heat(PIXELS[0], np.eye(2), ax=ax),
+    "agreement_scatter": lambda ax=None: figures.agreement_scatter([0.0, 1.0], [0.1, 0.9], ax=ax),
     "warp_panel": lambda ax=None: figures.warp_panel(*PIXELS, *PIXELS[:2], ax=ax),
 }
 

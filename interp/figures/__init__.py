@@ -12,6 +12,7 @@ from interp.figures.drawing import COLOURS, COLUMN, panels, style
 from interp.figures.film import film_strip
 from interp.figures.images import image_strip
 from interp.figures.maps import embedding_scatter
+from interp.figures.patching import agreement_scatter, effect_line, effect_map, image_heat
 from interp.figures.readouts import head_errors, readout_map, readout_panels, training_curves
 from interp.figures.tables import condition_bars, similarity_matrix, transfer_table
 from interp.figures.trials import trial_dots
@@ -20,10 +21,14 @@ __all__ = [
     "COLOURS",
     "COLUMN",
     "accuracy_by_layer",
+    "agreement_scatter",
     "condition_bars",
+    "effect_line",
+    "effect_map",
     "embedding_scatter",
     "film_strip",
     "head_errors",
+    "image_heat",
     "image_strip",
     "layer_timestep_map",
     "lens_phases",
