@@ -25,9 +25,7 @@ from interp.zoo.creatures import caption, draw_scenes
 
 def run(
     model: Annotated[str, typer.Option(help="zoo:NAME, a local folder, or a Hub id.")] = "zoo:tiny-diffusion",
-    pairs: Annotated[
-        str, typer.Option(help="A pair list to test on, or SPair-71k's folder; empty: creatures.")
-    ] = "",
+    pairs: Annotated[str, typer.Option(help="A pair list to test on, or SPair-71k's folder; empty: creatures.")] = "",
     training: Annotated[str, typer.Option(help="With --pairs: the list to train on, needed.")] = "",
     validation: Annotated[str, typer.Option(help="With --pairs: the list to choose by, needed.")] = "",
     images: Annotated[str, typer.Option(help="With --pairs: the folder of their images.")] = "",
