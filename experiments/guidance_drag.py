@@ -70,7 +70,7 @@ def run(
         rest = {arm: pulls.elsewhere(some, images[UNGUIDED], NEAR) for arm, some in after.images.items()}
         table = compared(moved).assign(measure="share of the way")
         rests = compared(rest, baseline=AS_FAR).assign(measure="change of the rest")
-        folder.save_table("trials", pd.DataFrame(moved).join(pd.DataFrame(rest), rsuffix=", change of the rest"))
+        folder.save_table("trials", pd.DataFrame(moved).join(pd.DataFrame(rest).add_suffix(", change of the rest")))
         folder.save_table("comparison", pd.concat([table, rests], ignore_index=True))
         folder.save_figure("moved", figures.trial_dots(moved, label="share of the asked way").figure)
         folder.save_figure("rest", figures.trial_dots(rest, label="change of the rest", highlight=GUIDED).figure)

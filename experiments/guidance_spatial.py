@@ -33,7 +33,7 @@ def run(
     heads: Annotated[
         str, typer.Option(help="Folder of heads, such as a readout-heads run's; empty: those that ship.")
     ] = "",
-    properties: Annotated[str, typer.Option(help="Of pose, keypoints, depth and edge, with commas.")] = (
+    properties: Annotated[str, typer.Option(help="Of pose, depth and edge; keypoints with --heads.")] = (
         "pose,depth,edge"
     ),
     trials: Annotated[int, typer.Option(min=2, help="Prompts, each with a seed of its own.")] = 64,

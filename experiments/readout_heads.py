@@ -76,7 +76,8 @@ def draw(folder: Run, sd: interp.Diffusion, name: str, result: HeadResult, study
         noisy = interp.hyperfeatures.add_noise(sd, latents, interp.guidance.trials.noise(sd, range(4)), float(timestep))
         read[f"read at t = {timestep}"] = readout.read(sd, noisy, timestep)
     pictures = (held_out.images[:, 0] + 1) / 2
-    panels = figures.readout_panels(pictures, list(held_out.targets or []), read, readout.value_range)
+    targets = [] if held_out.targets is None else list(held_out.targets)
+    panels = figures.readout_panels(pictures, targets, read, readout.value_range)
     folder.save_figure(f"{name}-readouts", panels)
 
 

@@ -125,6 +125,7 @@ def score_patches(
     layers: Sequence[int] | None = None,
     batch_size: int = 32,
     case_sensitive: bool = True,
+    allow_no_effect: bool = False,
 ) -> Scores:
     """Put each set of task vectors into each query's last token, at each layer, as one sweep.
 
@@ -138,6 +139,7 @@ def score_patches(
         layers: blocks to patch. None: all.
         batch_size: queries per sweep.
         case_sensitive: whether the official metric is.
+        allow_no_effect: let vectors pass that change nothing, such as the query's own.
 
     Returns:
         Scores ``[vectors, layer, query]``.
@@ -145,7 +147,7 @@ def score_patches(
     Raises:
         ShapeError: vectors of another width or depth; nothing has run then.
         InputError: no vectors, a layer that does not exist, no prompts, another number of items, a prompt that cannot
-            be read, or an answer without a first token of its own.
+            be read, an answer without a first token of its own, or vectors that change nothing.
     """
     if not vectors:
         raise InputError("no task vectors to transfer")
@@ -155,7 +157,7 @@ def score_patches(
     variants = [one.patch(layer, vlm) for one in vectors for layer in layers]
     parts = []
     for chunk in _chunks(prompts, items, batch_size):
-        swept = vlm.sweep(vlm.prepare(chunk[0]), variants)
+        swept = vlm.sweep(vlm.prepare(chunk[0]), variants, allow_no_effect=allow_no_effect)
         logits = swept.logits.reshape(len(vectors), len(layers), len(chunk[0]), -1)
         parts.append(score_first_token(vlm, logits, *chunk, case_sensitive=case_sensitive))
     return _join(parts)

@@ -148,7 +148,9 @@ def test_a_self_patch_is_a_no_op_and_the_last_block_gives_the_sources_answer():
     clean = score_prompts(vlm, prompts, items)
     own = [read(vlm, [prompt], "last") for prompt in prompts]
     for q in range(len(items)):
-        patched = score_patches(vlm, [prompts[q]], [items[q]], [own[q]])
+        with pytest.raises(InputError, match="changes nothing"):
+            score_patches(vlm, [prompts[q]], [items[q]], [own[q]])
+        patched = score_patches(vlm, [prompts[q]], [items[q]], [own[q]], allow_no_effect=True)
         torch.testing.assert_close(
             patched.log_prob[0, :, 0], clean.log_prob[q].expand(vlm.n_layers), rtol=1e-3, atol=1e-3
         )

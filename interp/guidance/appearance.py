@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.guidance.readout_terms import ReadoutTerm, per_sample
+from interp.guidance.readout_terms import ReadoutTerm, check_descriptors, per_sample
 from interp.guidance.terms import Rescale, Weight
 from interp.readouts.losses import aligned_cosine_distance
 
@@ -36,7 +36,8 @@ class Appearance(ReadoutTerm):
             are asked for, but no longer their places.
 
     Raises:
-        InputError: boxes that are empty, outside the image, or smaller than a cell.
+        InputError: boxes that are empty, outside the image, or smaller than a cell, or a readout that is no map of
+            descriptors.
 
     Source: Readout Guidance, section 3.4 (appearance preservation) and official code.
     """
@@ -53,6 +54,7 @@ class Appearance(ReadoutTerm):
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         super().__post_init__()
+        check_descriptors(self)
         self._cells()
 
     def check(self, sd: Any, rows: int, cells: tuple[int, int], steps: int) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from interp.errors import InputError, ShapeError
-from interp.guidance.readout_terms import ReadoutTerm, per_sample
+from interp.guidance.readout_terms import ReadoutTerm, check_descriptors, per_sample
 from interp.guidance.terms import Rescale, Weight
 
 Points = Num[Tensor, "point 2"]
@@ -34,7 +34,8 @@ class Drag(ReadoutTerm):
 
     Raises:
         InputError: numbers of sources and targets that differ, points that are not finite, none inside the image, none
-            that moves by a cell, or a source that is asked to go to two places.
+            that moves by a cell, a source cell that is asked to go to places more than a cell apart, or a readout that
+            is no map of descriptors.
 
     Source: Readout Guidance, section 3.3 (drag-based manipulation) and official code.
     """
@@ -53,6 +54,7 @@ class Drag(ReadoutTerm):
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         super().__post_init__()
+        check_descriptors(self)
         if len(self.size) != 2 or min(self.size) < 1:
             raise InputError(f"term {self.name!r}: size={self.size!r}: give (height, width) of the points' image")
         sources, targets = _listed(self.sources), _listed(self.targets)
@@ -113,7 +115,9 @@ class Drag(ReadoutTerm):
             )
         goals: dict[tuple[int, ...], tuple[int, ...]] = {}
         for source, target in zip(start.tolist(), end.tolist(), strict=True):
-            if goals.setdefault(tuple(source), tuple(target)) != tuple(target):
+            first = goals.setdefault(tuple(source), tuple(target))
+            # Points of one cell that move together are truncated to cells next to each other.
+            if max(abs(a - b) for a, b in zip(first, target, strict=True)) > 1:
                 raise InputError(
                     f"{what}: what the reference has at cell {tuple(source)} is asked to go to "
                     f"{goals[tuple(source)]} and to {tuple(target)}"

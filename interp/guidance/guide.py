@@ -139,12 +139,16 @@ class Guide:
             InputError, ShapeError, UnknownNameError, SiteUnavailableError: see `Term.check`; no guided step, or step
                 sizes of another number.
         """
-        self.steps(n_steps)
+        chosen = self.steps(n_steps)
         sizes = values_of(self.step_size)
         if not is_number(self.step_size) and len(sizes) != n_steps:
             raise InputError(f"{len(sizes)} step sizes for a run of {n_steps} steps: give one, or one for each")
         for term in self.terms:
             term.check(sd, rows, cells, n_steps)
+        given = {"step_size": self.step_size} | {f"the weight of term {t.name!r}": t.weight for t in self.terms}
+        for name, value in given.items():
+            if not is_number(value) and not any(values_of(value)[step] for step in chosen):
+                raise InputError(f"{name} is 0 at all guided steps, {chosen.start} to {chosen.stop - 1}: nothing acts")
 
     def steering(self, sd: Any, **run: Any) -> AbstractContextManager[Steering]:
         """Steer a run; see `interp.guidance.sampler.steering`."""

@@ -100,3 +100,17 @@ def per_sample(given: Any, rows: int, what: str) -> list[Any]:
     if len(given) not in (1, rows):
         raise InputError(f"{what}: {len(given)} for {rows} samples; give one for all, or one for each")
     return list(given) * rows if len(given) == 1 else list(given)
+
+
+def check_descriptors(term: ReadoutTerm) -> None:
+    """Refuse a readout of a picture or of heat maps where descriptors are compared.
+
+    Raises:
+        InputError: naming its kind.
+    """
+    kind = getattr(term.readout, "kind", "features")
+    if kind != "features":
+        raise InputError(
+            f"term {term.name!r} compares descriptors, and the {term.title} readout is of kind {kind!r}: give one of "
+            "kind 'features', such as correspondence or appearance, or use Spatial"
+        )

@@ -47,7 +47,17 @@ class Spatial(ReadoutTerm):
         if not self.name:
             object.__setattr__(self, "name", str(getattr(self.readout, "name", "") or "spatial"))
         super().__post_init__()
+        if getattr(self.readout, "kind", "spatial") == "features":
+            raise InputError(
+                f"term {self.name!r} takes a readout of a picture or of heat maps, and the {self.title} readout gives "
+                "descriptors: use Appearance or Drag"
+            )
         what = f"the target of term {self.name!r}"
+        if not self.target.numel():
+            raise ShapeError(f"{what} is empty: {tuple(self.target.shape)}")
+        channels = getattr(getattr(self.readout, "head", None), "n_out", None)
+        if channels is not None and self.target.ndim >= 3 and self.target.shape[-3] != channels:
+            raise ShapeError(f"{what} has {self.target.shape[-3]} channels, and its readout gives {channels}")
         check_finite(self.target, what)
         size = tuple(self.readout.size)
         if self.target.ndim not in (3, 4) or tuple(self.target.shape[-2:]) != size:

@@ -177,7 +177,7 @@ class ReadoutHead(nn.Module):
             if found.ndim != 4 or tuple(found.shape) != expected:
                 raise ShapeError(
                     f"the map of {self.layer_name(layer)} is {list(found.shape)}; expected {list(expected)}, "
-                    "[batch, channel, height, width]{'' if size else ', all of one size'}"
+                    f"[batch, channel, height, width]{'' if size else ', all of one size'}"
                 )
         return listed
 

@@ -116,6 +116,7 @@ def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None =
             previews=[held_out_latents(index) for index in range(N_PREVIEWS)],
             seed=study.seed,
             folder=None if folder is None else folder / f"{name}-{n}" / "training",
+            settings={"property": name, "train_seed": study.train_seed},
         )
         table = evaluate(sd, readout, held_out_latents, measure, study.timesteps, latents=True, seed=study.seed)
         tables.append(_rows(table, name, HEAD, n))

@@ -10,9 +10,10 @@ import torch
 from interp.errors import InputError, ShapeError, UnknownNameError
 from interp.guidance import Appearance, Drag, Guide, Identity, Spatial, Term, Twin
 from interp.guidance.rules import SignedSteps
-from tests.guidance.closed_form import SITES, draw, readout
+from tests.guidance.closed_form import PROMPT, SITES, draw, model, readout
 
-POSE, EDGE, LOOKS, PLACES = (readout(name, 3, seed) for seed, name in enumerate(("pose", "edge", "looks", "places")))
+POSE, EDGE = readout("pose", 3, 0), readout("edge", 3, 1)
+LOOKS, PLACES = readout("looks", 3, 2, kind="features"), readout("places", 3, 3, kind="features")
 TARGET = torch.zeros(3, 8, 8)
 FROM, TO = torch.tensor([[2.0, 3.0], [9.0, 9.0]]), torch.tensor([[8.0, 3.0], [9.0, 4.0]])
 BOXES = ((0.0, 0.0, 0.5, 0.5), (0.0, 0.0, 0.5, 0.5))
@@ -94,13 +95,18 @@ def test_readouts_of_other_kinds() -> None:
         ({"targets": [TO, TO]}, InputError, "sources of 1 samples, targets of 2"),
         ({"sources": torch.tensor([[2.0, float("nan")], [9.0, 9.0]])}, InputError, "NaN"),
         ({"sources": torch.zeros(2, 3)}, ShapeError, "point, 2"),
-        ({"sources": torch.tensor([[2.0, 3.0], [2.0, 3.0]])}, InputError, "asked to go to"),
+        ({"sources": FROM[[0, 0]], "targets": torch.tensor([[8.0, 3.0], [2.0, 12.0]])}, InputError, "asked to go to"),
         ({"size": (0, 16)}, InputError, "size=\\(0, 16\\)"),
     ],
 )
 def test_bad_drags(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         revised(drag(), **changes)
+
+
+def test_points_of_one_cell_may_go_to_cells_next_to_each_other() -> None:
+    start, end = revised(drag(), sources=FROM[[0, 0]], targets=torch.tensor([[8.0, 3.0], [8.0, 4.0]])).cells[0]
+    assert start.tolist() == [[1, 1], [1, 1]] and end.tolist() == [[4, 1], [4, 2]]
 
 
 def test_points_are_truncated_and_pairs_out_of_frame_are_dropped() -> None:
@@ -141,6 +147,33 @@ def test_boxes_are_cells() -> None:
     term = Appearance(LOOKS, ((0.0, 0.0, 1.0, 1.0), (0.1, 0.3, 0.55, 1.0)))
     assert term.observed == [(slice(1, 4), slice(2, 8))]
     assert Appearance(LOOKS).observed == [(slice(0, 8), slice(0, 8))]
+
+
+def test_steps_and_weights_that_are_zero_where_it_is_guided_are_refused() -> None:
+    late = Guide([Appearance(LOOKS)], step_size=[0.0, 0.0, 0.1, 0.1], end=0.5)
+    with pytest.raises(InputError, match="step_size is 0 at all guided steps, 0 to 1"):
+        model().generate(PROMPT, guidance=late, steps=4, progress=False)
+    never = Guide([Appearance(LOOKS, weight=[0.0, 0.0, 1.0, 1.0])], end=0.5)
+    with pytest.raises(InputError, match="the weight of term 'appearance' is 0 at all guided steps"):
+        model().generate(PROMPT, guidance=never, steps=4, progress=False)
+
+
+def test_terms_take_readouts_of_their_kind() -> None:
+    for term in (Appearance, lambda one: Drag(one, torch.ones(1, 2), torch.full((1, 2), 9.0), (16, 16))):
+        with pytest.raises(InputError, match="compares descriptors, and the pose readout is of kind 'spatial'"):
+            term(POSE)
+    with pytest.raises(InputError, match="gives descriptors: use Appearance or Drag"):
+        Spatial(LOOKS, TARGET, rescale=None)
+    with pytest.raises(ShapeError, match="is empty"):
+        Spatial(POSE, TARGET[:0])
+
+
+def test_points_of_one_cell_may_end_in_cells_next_to_each_other() -> None:
+    sources = torch.tensor([[2.1, 2.1], [3.9, 2.1]])
+    moved = Drag(PLACES, sources, sources + torch.tensor([5.0, 0.0]), (16, 16))
+    assert [cells.tolist() for cells in moved.cells[0]] == [[[1, 1], [1, 1]], [[3, 1], [4, 1]]]
+    with pytest.raises(InputError, match="is asked to go to"):
+        Drag(PLACES, sources, sources + torch.tensor([[4.0, 0.0], [9.0, 0.0]]), (16, 16))
 
 
 def test_pooled_looks_have_no_places() -> None:

@@ -24,7 +24,8 @@ from tests.guidance.closed_form import (
 )
 
 ROWS = 2
-POSE, LOOKS, PLACES = readout("pose", 3, 1), readout("appearance", 6, 2), readout("correspondence", 6, 3)
+POSE = readout("pose", 3, 1)
+LOOKS, PLACES = readout("appearance", 6, 2, kind="features"), readout("correspondence", 6, 3, kind="features")
 TARGET = torch.rand(ROWS, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 2 - 1
 # In pixels of an image of 16 × 16, two to a cell; the last pair leaves the image.
 FROM = torch.tensor([[3.0, 3.9], [12.0, 9.0], [5.0, 20.0]])

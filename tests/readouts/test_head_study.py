@@ -1,6 +1,7 @@
 """Heads of the creatures: recipes, errors, bounds, the study of all of them, and what ships."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ def test_a_study_measures_every_head_between_its_bounds(sd: interp.Diffusion, tm
     again = evaluate(sd, loaded, held_out, error_of("edge"), [900], latents=True, progress=False)["value"]
     own = found.errors[(found.errors["samples"] == 8) & (found.errors["timestep"] == 900)]["error"]
     np.testing.assert_allclose(again, own, rtol=1e-4)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "heads").symlink_to(tmp_path)
+    assert head("edge", sd, tmp_path / "run").name == "edge"  # of the most samples
+    (tmp_path / "run" / "other").mkdir()
+    (tmp_path / "depth").symlink_to(tmp_path / "edge-8")
+    with pytest.raises(InputError, match="holds a head of 'edge', not of 'depth'"):
+        head("depth", sd, tmp_path)
+    with pytest.raises(InputError, match="train_seed"):
+        study_head(sd, "edge", replace(study, train_seed=99), tmp_path)
     with pytest.raises(InputError, match="give different ones"):
         HeadStudy(train_seed=52)
     with pytest.raises(UnknownNameError, match="no head 'poze': there are pose"):

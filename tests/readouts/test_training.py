@@ -260,6 +260,11 @@ def test_a_model_that_does_not_stay_frozen_is_an_error():
         torch.no_grad(),
     ):
         layer[0].bias.add_(1)
+    # Neither of these shows in the identity of a tensor, nor the second in how often it was written to.
+    with pytest.raises(InputError, match=r"'0\.weight' got a gradient"), frozen(layer, "tiny"):
+        layer(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(InputError, match=r"'0\.weight' changed"), frozen(layer, "tiny"):
+        layer[0].weight.data[0, 0] += 0.5
     sd = model()
 
     def spoil(found):

@@ -67,7 +67,7 @@ def test_its_files_are_small_and_complete_and_name_no_foreign_folder() -> None:
     folder = zoo.path(NAME)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     assert max(sizes.values()) <= 16 * MEGABYTE
-    assert sum(sizes.values()) <= 18 * MEGABYTE
+    assert sum(sizes.values()) <= 28 * MEGABYTE
     assert sizes["classifier/model.safetensors"] < MEGABYTE
     wanted = {"model_index.json", "card.json", "README.md", "figures/samples.png", "figures/reconstructions.png"}
     assert wanted <= set(sizes)

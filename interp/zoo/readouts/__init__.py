@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from interp.errors import UnknownNameError, nearest
+from interp.errors import InputError, UnknownNameError, nearest
 from interp.models.diffusion import Diffusion
 from interp.readouts.checkpoints import load
 from interp.readouts.readout import Readout
@@ -31,18 +31,25 @@ def head(name: str, sd: Diffusion | None = None, folder: str | Path | None = Non
     Args:
         name: of the property, such as ``"pose"``.
         sd: the model that it is to be used on, which is checked; those that ship are for ``zoo:tiny-diffusion``.
-        folder: of heads, one folder for each; None: of those that ship.
+        folder: of heads, one folder for each; or of a run of ``readout-heads``, whose heads of most samples are taken;
+            None: of those that ship.
 
     Raises:
         UnknownNameError: no such head.
-        InputError: another model.
+        InputError: another model, or a head of another property under this name.
     """
     home = heads_folder() if folder is None else Path(folder)
+    home = home / "heads" if (home / "heads").is_dir() else home
     known = head_names(home)
-    if name not in known:
+    counts = [int(one.removeprefix(f"{name}-")) for one in known if one.removeprefix(f"{name}-").isdigit()]
+    name_there = f"{name}-{max(counts)}" if name not in known and counts else name
+    if name_there not in known:
         there = f"in {str(home)!r} there are {', '.join(known)}" if known else f"{str(home)!r} holds none"
         raise UnknownNameError(f"no head {name!r}: {there}. {nearest(name, known)}".rstrip())
-    return load(home / name, sd)
+    found = load(home / name_there, sd)
+    if found.name != name:
+        raise InputError(f"{str(home / name_there)!r} holds a head of {found.name!r}, not of {name!r}")
+    return found
 
 
 def estimator() -> Estimator:
