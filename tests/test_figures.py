@@ -240,6 +240,22 @@ def test_errors_of_heads_are_means_by_timestep_and_bounds_are_lines():
         figures.head_errors(ERRORS[ERRORS["head"] == "mean"])
 
 
+def test_maps_and_heat_write_what_they_show():
+    values = np.array([[0.5, -0.251], [1.0, -0.001]])
+    ax = figures.effect_map(values, ["a", "b"], ["0", "1"], annotate=True)
+    assert words(ax) == ["0.50", "−0.25", "1.00", "0.00"]
+    ax.figure.canvas.draw()
+    image = ax.images[0]
+    for text, value in zip(ax.texts, values.flatten(), strict=True):
+        assert contrast(image.cmap(image.norm(value))[:3], to_rgb(text.get_color())) > 3
+    heat = figures.image_heat(PIXELS[0], values, annotate=True, bar=False)
+    assert words(heat) == words(ax) and len(heat.figure.axes) == 1
+    assert len(figures.image_heat(PIXELS[0], values).figure.axes) == 2  # the colour bar
+    # Of the same limits, the same value is as clear in one picture as in another.
+    faint, strong = (figures.image_heat(PIXELS[0], [[0.2, most]], limits=(0.0, 1.0)) for most in (0.3, 1.0))
+    assert faint.images[1].get_alpha()[0, 0] == strong.images[1].get_alpha()[0, 0] == pytest.approx(0.75 * 0.2)
+
+
 def test_trials_are_dots_around_their_median():
     ax = figures.trial_dots({"unguided": [3.0, 5.0, 9.0], "guided": [1.0, 2.0, 2.5]}, label="pixels")
     np.testing.assert_allclose([points.get_offsets()[:, 0] for points in ax.collections], [[3, 5, 9], [1, 2, 2.5]])

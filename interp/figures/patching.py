@@ -9,6 +9,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
@@ -36,6 +37,7 @@ def effect_map(
     ylabel: str = "",
     label: str = "effect",
     lower: bool = False,
+    annotate: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the effect of patching for each row and column, such as token and layer; several maps beside each other.
@@ -51,6 +53,7 @@ def effect_map(
         ylabel: what the rows are.
         label: what the values are.
         lower: whether the first row is at the bottom, as for layers.
+        annotate: write the values into the cells.
         ax: where to draw; a new figure without it.
 
     Returns:
@@ -97,6 +100,10 @@ def effect_map(
         for left, title in zip(lefts, panels, strict=False):
             ax.text(left + (n_columns - 1) / 2, top, title, ha="center", va="bottom", fontsize=7.5)
         ax.set_ylim(bottom, top)
+        if annotate:
+            for left, one in zip(lefts, maps, strict=True):
+                for (row, column), value in np.ndenumerate(one):
+                    _write(ax, image, float(left + column), float(row), float(value))
         _bar(ax, image, label, maps, center, limits)
     return ax
 
@@ -148,7 +155,8 @@ def effect_line(
             ax.fill_between(places, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="_interval")
         ax.plot(places, values, color=COLOURS[0], marker=marker, markersize=3, label="patched", clip_on=False)
         step = -(-len(names) // (_MAX_LABELS if words else 16))
-        ax.set_xticks(places[::step], list(names)[::step], rotation=90 if words else 0)
+        long = words and max(map(len, names)) > 4
+        ax.set_xticks(places[::step], list(names)[::step], rotation=90 if long else 0)
         ax.set(xlabel=xlabel, ylabel=label)
         ax.grid(axis="y")
         if controls:
@@ -165,6 +173,8 @@ def image_heat(
     label: str = "effect",
     opacity: float = 0.75,
     frame: bool = True,
+    annotate: bool = False,
+    bar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the effect of each patch of an image over that image, grey below the colours.
@@ -177,6 +187,8 @@ def image_heat(
         label: what the values are.
         opacity: of the strongest colour; others are the clearer, the less they do.
         frame: outline the patch with the largest effect.
+        annotate: write the values onto the patches.
+        bar: whether to draw a bar of the colours; pictures of the same limits need one in all.
         ax: where to draw; a new figure without it.
 
     Returns:
@@ -191,6 +203,7 @@ def image_heat(
         raise ShapeError(f"Values are [row, column] of the image's patches; they have shape {list(numbers.shape)}.")
     picture = _picture(image)
     height, width = picture.shape[:2]
+    tall, wide = height / numbers.shape[0], width / numbers.shape[1]
     norm = _norm(numbers, center, limits)
     size = (COLUMN * 0.72, COLUMN * 0.55 * height / width + 0.1)
     with axes_or_new(ax, size) as ax:
@@ -198,16 +211,22 @@ def image_heat(
         grey = picture @ np.array([0.299, 0.587, 0.114])
         ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=box, interpolation="none")
         strength = np.abs(numbers - center)
-        alpha = opacity * strength / max(float(strength.max()), 1e-12)
+        # Clear where a patch does nothing, and alike in pictures of the same limits.
+        alpha = opacity * np.clip(2 * np.abs(np.asarray(norm(numbers)) - 0.5), 0, 1)
         ax.imshow(numbers, cmap=DIVERGING, norm=norm, extent=box, interpolation="none", alpha=alpha)
         if frame:
             row, column = np.unravel_index(strength.argmax(), numbers.shape)
-            tall, wide = height / numbers.shape[0], width / numbers.shape[1]
             x, y = column * wide - 0.5, row * tall - 0.5
             ax.plot([x, x + wide, x + wide, x, x], [y, y, y + tall, y + tall, y], color="black", linewidth=1.1,
                     label="_strongest", solid_joinstyle="miter", clip_on=False)  # fmt: skip
+        colours = ScalarMappable(norm, DIVERGING)
+        if annotate:
+            for (row, column), value in np.ndenumerate(numbers):
+                place = (column + 0.5) * wide - 0.5, (row + 0.5) * tall - 0.5
+                _write(ax, colours, *place, float(value), outline=True)
         ax.axis("off")
-        _bar(ax, ScalarMappable(norm, DIVERGING), label, numbers, center, limits)
+        if bar:
+            _bar(ax, colours, label, numbers, center, limits)
     return ax
 
 
@@ -314,6 +333,17 @@ def _bar(
         bar.ax.set_ylim(low, high)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2)
+
+
+def _write(ax: Axes, colours: ScalarMappable, x: float, y: float, value: float, outline: bool = False) -> None:
+    """A value in its cell; over a picture its letters have an outline."""
+    red, green, blue, _ = colours.to_rgba(np.array([value]))[0]
+    dark = not outline and 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+    # A value that rounds to nothing has no sign.
+    words = f"{round(float(value), 2) + 0.0:.2f}".replace("-", "−")
+    text = ax.text(x, y, words, ha="center", va="center", fontsize=5.5, color="white" if dark else "black")
+    if outline:
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
 
 
 def _along(values: ArrayLike | Tensor, places: np.ndarray, name: str) -> Float[np.ndarray, " place"]:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.edits import Interpolate
@@ -103,13 +103,14 @@ def attribution(
         shape = "(site layer position) example -> site layer position example"
         sizes = {"site": len(kinds), "layer": len(layer_names), "position": len(experiment.groups)}
     generator = torch.Generator().manual_seed(seed)
+    tokens = _tokens(experiment)
     estimates: list[Tensor] = []
     random: list[Tensor] = []
     for draw, base in enumerate(experiment.bases):
         gradients = _integrated(experiment, named, draw, steps) if integrated else base.gradients
-        for kept, drawn_from in ((estimates, None), (random, generator)):
-            changes = [_changes(experiment, site, gradients[site], draw, drawn_from) for site in named]
-            kept.append(base.metric + rearrange(torch.stack(changes), _FLAT[by_head]))
+        changes = [_changes(experiment, site, gradients[site], draw, tokens, generator) for site in named]
+        for kept, of_sites in zip((estimates, random), zip(*changes, strict=True), strict=True):
+            kept.append(base.metric + rearrange(torch.stack(of_sites), _FLAT[by_head]))
     values = torch.stack(estimates).mean(dim=0)
     about = experiment.about(integrated=steps if integrated else 0, seed=seed, **grid_of(positions))
     if check:
@@ -160,29 +161,42 @@ def _integrated(experiment: Experiment, sites: Sequence[str], draw: int, steps: 
     return sums
 
 
-def _changes(
-    experiment: Experiment, site: str, gradient: Tensor, draw: int, generator: torch.Generator | None
-) -> Float[Tensor, "group example *head"]:
-    """Change times gradient, summed over each group's tokens; with a generator, of a random change of the same norm."""
-    source, base = experiment.sources[draw], experiment.bases[draw]
+def _tokens(experiment: Experiment) -> Int[Tensor, "4 token"]:
+    """Every token of every group: its group, its row, and its position in the source and in the base run."""
     entries = [
         (index, row, there, here)
         for index, aligned in enumerate(experiment.groups)
         for row in range(len(aligned.base))
         for there, here in zip(aligned.source[row], aligned.base[row], strict=True)
     ]
-    group, row, there, here = torch.tensor(entries, device=gradient.device).T
+    return torch.tensor(entries).T
+
+
+def _changes(
+    experiment: Experiment,
+    site: str,
+    gradient: Tensor,
+    draw: int,
+    tokens: Int[Tensor, "4 token"],
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "group example *head"], Float[Tensor, "group example *head"]]:
+    """Change times gradient, summed over each group's tokens, and the same of a random change of the same norm."""
+    source, base = experiment.sources[draw], experiment.bases[draw]
+    group, row, there, here = tokens.to(gradient.device)
     if source.means is None:
         new = source.acts[site][row, there]
     else:
         pairs = [(aligned, row) for aligned in experiment.groups for row in range(len(aligned.base))]
         new = torch.cat([source.gather(site, aligned.group, aligned.source[row], row) for aligned, row in pairs])
     change = (new - base.acts[site][row, here]).float()
-    if generator is not None:
-        change = random_like(change, generator)
-    products = (change * gradient[row, here].float()).sum(dim=-1)
-    sums = products.new_zeros(len(experiment.groups), len(base.metric), *products.shape[1:])
-    return sums.index_put_((group, row), products, accumulate=True).cpu()
+    slope = gradient[row, here].float()
+
+    def summed(change: Tensor) -> Tensor:
+        products = (change * slope).sum(dim=-1)
+        sums = products.new_zeros(len(experiment.groups), len(base.metric), *products.shape[1:])
+        return sums.index_put_((group, row), products, accumulate=True).cpu()
+
+    return summed(change), summed(random_like(change, generator))
 
 
 def _checked(

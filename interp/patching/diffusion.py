@@ -116,7 +116,7 @@ def diffusion(
     n = len(prompts[0])
     if max_rows < n:
         raise InputError(f"max_rows={max_rows} for {n} examples: one variant has to fit")
-    groups = {label: [place.site for place in sd.expanded(given)] for label, given in _labelled(sites).items()}
+    groups = site_groups(sd, sites)
     windows = _windows(steps, window, starts)
     kept = sorted({step for span in windows.values() for step in span})
     guided = guidance_scale > 1 and not sd.adapter.embeds_guidance
@@ -185,6 +185,28 @@ def diffusion(
             "seed": seed,
         },
     )
+
+
+def site_groups(sd: Diffusion, sites: Mapping[str, str | Sequence[str]] | Sequence[str]) -> dict[str, list[str]]:
+    """The sites that each label stands for.
+
+    Args:
+        sd: the model.
+        sites: as for `diffusion`.
+
+    Raises:
+        InputError: no sites, or one outside the denoiser, which does not run at every step.
+        UnknownNameError, SiteUnavailableError: sites that the model lacks.
+    """
+    groups = {}
+    for label, given in _labelled(sites).items():
+        places = sd.expanded(given)
+        for place in places:
+            if place.part != "denoiser":
+                raise InputError(f"{label!r}: {place.site} is in the {place.part}, which does not run at every step; "
+                                 "give sites of the denoiser")  # fmt: skip
+        groups[label] = [place.site for place in places]
+    return groups
 
 
 def _kept(run: Trajectory, half: str, site: str, index: int) -> Float[Tensor, "example ..."]:

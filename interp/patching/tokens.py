@@ -28,18 +28,19 @@ class TokenGroup:
     token: int | None = None
     of: tuple[int, ...] | None = None
 
-    def positions(self, inputs: Mapping[str, Any]) -> list[list[int]]:
+    def positions(self, inputs: Mapping[str, Any], layouts: tuple[Layout, ...] | None = None) -> list[list[int]]:
         """For every row, where the group's tokens are in the padded batch.
 
         Args:
             inputs: prepared or plain model inputs.
+            layouts: of the inputs, where they are known already.
 
         Raises:
             UnknownNameError: a segment that a row does not have.
             InputError: a group without a token in some row.
         """
         ids = inputs["input_ids"]
-        found = resolve(self.at, layouts_of(inputs), ids.shape[1])
+        found = resolve(self.at, layouts_of(inputs) if layouts is None else layouts, ids.shape[1])
         if self.token is not None:
             found = [[p for p in row if int(ids[i, p]) == self.token] for i, row in enumerate(found)]
         for row, tokens in enumerate(found):
@@ -216,7 +217,8 @@ def align(groups: Sequence[TokenGroup], source: Mapping[str, Any], base: Mapping
             or a group with different numbers of tokens in the two.
         UnknownNameError: a segment that a row does not have.
     """
-    lengths = [[layout.length for layout in layouts_of(inputs)] for inputs in (source, base)]
+    layouts = [layouts_of(inputs) for inputs in (source, base)]
+    lengths = [[layout.length for layout in rows] for rows in layouts]
     if len(lengths[0]) != len(lengths[1]):
         raise InputError(f"there are {len(lengths[0])} and {len(lengths[1])} prompts: clean and corrupt come in pairs")
     unnamed = [group.name for group in groups if not group.named]
@@ -229,7 +231,7 @@ def align(groups: Sequence[TokenGroup], source: Mapping[str, Any], base: Mapping
         )
     found = []
     for group in groups:
-        there, here = group.positions(source), group.positions(base)
+        there, here = group.positions(source, layouts[0]), group.positions(base, layouts[1])
         for row, (a, b) in enumerate(zip(there, here, strict=True)):
             if len(a) != len(b):
                 raise InputError(

@@ -165,3 +165,8 @@ def test_compared_metrics_see_both_runs() -> None:
     metric = Compared("difference", lambda images, clean, corrupt: brightness(images - clean) + brightness(corrupt))
     first, second = square(2, 2)[None], square(3, 3)[None]
     torch.testing.assert_close(measured(metric, first, second)(second), brightness(2 * second - first))
+
+
+def test_sites_that_do_not_run_at_every_step_are_refused() -> None:
+    with pytest.raises(InputError, match="is in the text_encoder, which does not run at every step"):
+        diffusion(model(), *PAIR, contrast, sites=["text_encoder.*.hook_mlp_out"], **settings())
