@@ -14,7 +14,7 @@ help:
 	@echo "make demo   install, then run task vectors and hyperfeatures on the small models that ship (minutes)"
 	@echo "make test   lint, format check, types, tests"
 	@echo "make zoo    train the models that ship from nothing (up to 2 hours on 2 cores)"
-	@echo "make bench  time captures, features and guidance beside nnsight, TransformerLens and plain autograd"
+	@echo "make bench  time captures, patching, features and guidance beside nnsight, TransformerLens, pyvene, plain autograd"
 	@echo "make clean  remove the virtual environment and caches (results in runs/ stay)"
 	@echo "PYTHON=...  which Python (3.11 or newer) makes the virtual environment; now: $(PYTHON)"
 
@@ -37,6 +37,9 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/capture_overhead.py
 	$(BIN)/python benchmarks/hyperfeatures.py
 	$(BIN)/python benchmarks/guidance.py
+	@# Of what it depends on, only what draws plots in notebooks is left out.
+	@$(PIP_INSTALL) --no-deps pyvene==0.1.8
+	$(BIN)/python benchmarks/patching.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

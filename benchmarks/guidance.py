@@ -3,8 +3,9 @@
 A random UNet in the layout of Stable Diffusion 1.5, scaled to fit the machine (``--scale 1`` is full size), with two
 heads over its twelve branch sites: appearance, and correspondence for a drag. The plain way is that of the authors'
 code: reference and sample in one batch, both halves of guidance, plain hooks, autograd to the latents, the denoiser
-again on the moved ones, and a step of DDIM; with and without diffusers' own checkpointing. All runs move the latents by
-the raw gradient, so that their ends can be compared (the sign of a gradient near zero is a matter of rounding).
+again on the moved ones, and a step of DDIM; with and without diffusers' own checkpointing, and with weights that ask
+for gradients (as a pipeline comes) or are frozen, which is what a careful user would write. All runs move the latents
+by the raw gradient, so that their ends can be compared (the sign of a gradient near zero is a matter of rounding).
 Rounds are interleaved; times are medians of ratios within a round.
 
     python benchmarks/guidance.py
@@ -29,13 +30,14 @@ from torch import Tensor
 
 import interp
 from interp import tables
-from interp.guidance import Appearance, Drag, Guide
+from interp.guidance import Appearance, Drag, Guide, without_weight_gradients
 from interp.hyperfeatures.presets import BRANCHES
 from interp.readouts import Readout, ReadoutHead, time_dim, time_embedding
 
 SIZE_OF_MOVES = 5.0
 SCALE = 7.5
 PROMPT = "a red dog"
+PLAIN, FROZEN = "plain autograd", "plain autograd, frozen weights"
 
 
 def readout(sd: interp.Diffusion, name: str, latent: int, dim: int, seed: int) -> Readout:
@@ -58,8 +60,13 @@ def hooked(sd: interp.Diffusion, sites: tuple[str, ...]) -> Any:
             handle.remove()
 
 
-def plain(sd: interp.Diffusion, guide: Guide, start: Tensor, steps: int, *, checkpointing: bool) -> Tensor:
-    """The authors' way, written out. Returns the last latents of the sample."""
+def plain(
+    sd: interp.Diffusion, guide: Guide, start: Tensor, steps: int, *, checkpointing: bool, frozen: bool
+) -> Tensor:
+    """The authors' way, written out, with all weights frozen or as they come. Returns the sample's last latents."""
+    if frozen:
+        with without_weight_gradients([sd.denoiser, *(term.readout.head for term in guide.terms)]):
+            return plain(sd, guide, start, steps, checkpointing=checkpointing, frozen=False)
     appearance, drag = guide.terms
     text = sd.prompt(PROMPT)
     states = torch.cat([text.uncond.states] * 2 + [text.cond.states] * 2)
@@ -138,8 +145,10 @@ def compare(sd: interp.Diffusion, latent: int, dim: int, steps: int, rounds: int
     kept = replace(guide, checkpointing=False)
     runs: dict[str, Callable[[], Tensor]] = {
         "unguided": unguided,
-        "plain autograd": partial(plain, sd, guide, start, steps, checkpointing=False),
-        "plain autograd, diffusers' checkpointing": partial(plain, sd, guide, start, steps, checkpointing=True),
+        PLAIN: partial(plain, sd, guide, start, steps, checkpointing=False, frozen=False),
+        FROZEN: partial(plain, sd, guide, start, steps, checkpointing=False, frozen=True),
+        f"{PLAIN}, diffusers' checkpointing": partial(plain, sd, guide, start, steps, checkpointing=True, frozen=False),
+        f"{FROZEN}, diffusers' checkpointing": partial(plain, sd, guide, start, steps, checkpointing=True, frozen=True),
         "interp, checkpointing=False": partial(ours, kept),
         "interp": partial(ours, guide),
         "interp, guidance_calls='two'": partial(ours, guide, guidance_calls="two"),
@@ -147,14 +156,16 @@ def compare(sd: interp.Diffusion, latent: int, dim: int, steps: int, rounds: int
     ends = {name: run() for name, run in runs.items()}
     needs = {name: max(trimmed_peak(run, sd.device) for _ in range(2)) for name, run in runs.items()}
     times = timed(runs, rounds, sd.device)
-    base = "plain autograd"
-    moved = float((ends[base] - ends["unguided"]).abs().max())
+    moved = float((ends[PLAIN] - ends["unguided"]).abs().max())
     rows = []
     for name in runs:
-        apart = float((ends[name] - ends[base]).abs().max())
-        share = f"{needs[name] / needs[base]:.2f}"
-        rows.append([name, f"{needs[name]:.0f}", share, ratio(times[name], times[base]), f"{apart:.1e}"])
-    rows.append(["guidance moved the latents by up to", "", "", "", f"{moved:.1e}"])
+        beside = [
+            cell
+            for base in (PLAIN, FROZEN)
+            for cell in (f"{needs[name] / needs[base]:.2f}", ratio(times[name], times[base]))
+        ]
+        rows.append([name, f"{needs[name]:.0f}", *beside, f"{float((ends[name] - ends[PLAIN]).abs().max()):.1e}"])
+    rows.append(["guidance moved the latents by up to", "", "", "", "", "", f"{moved:.1e}"])
     return rows
 
 
@@ -174,7 +185,7 @@ def main() -> None:
     sd = interp.Diffusion(made)
     with torch.no_grad():
         rows = compare(sd, options.latent, options.dim, options.steps, options.rounds)
-    columns = ["", "peak MiB", "peak / plain", "time / plain", "largest difference"]
+    columns = ["", "peak MiB", "peak / plain", "time / plain", "peak / frozen", "time / frozen", "largest difference"]
     title = f"{options.steps} guided steps: SD 1.5's UNet / {options.scale}, {options.latent}² latents"
     tables.show(columns, rows, title=title)
     about = {

@@ -97,7 +97,7 @@ def explicit_attention(
     groups = query.shape[1] // key.shape[1]
     key = repeat(key, "batch kv pos d -> batch (kv groups) pos d", groups=groups)
     value = repeat(value, "batch kv pos d -> batch (kv groups) pos d", groups=groups)
-    scores = torch.matmul(query, key.transpose(2, 3)) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = torch.matmul(query, key.transpose(2, 3)).mul_(scaling if scaling is not None else query.shape[-1] ** -0.5)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
@@ -121,7 +121,7 @@ def _masked(
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
     if mask is not None and mask.ndim == 4:
-        return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        return _hidden(scores, ~mask, lowest) if mask.dtype == torch.bool else scores + mask
     n_query, n_key = scores.shape[-2:]
     visible = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device)
     if causal:
@@ -130,7 +130,12 @@ def _masked(
             visible = visible.triu(diagonal=n_key - n_query - window + 1)
     if mask is not None:
         visible = visible & rearrange(mask[:, -n_key:].bool(), "batch key -> batch 1 1 key")
-    return scores.masked_fill(~visible, lowest)
+    return _hidden(scores, ~visible, lowest)
+
+
+def _hidden(scores: Tensor, mask: Tensor, lowest: float) -> Tensor:
+    # In place where no graph needs them: these are the largest tensors of a model.
+    return scores.masked_fill(mask, lowest) if scores.requires_grad else scores.masked_fill_(mask, lowest)
 
 
 def _dispatch(

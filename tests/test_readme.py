@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -17,8 +19,9 @@ def test_the_readme_code_runs_and_the_patch_gives_the_capitals():
     assert patched == expected and alone != expected
 
 
-def test_every_file_that_the_readme_links_to_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+@pytest.mark.parametrize("page", ["README.md", "docs/measured.md"])
+def test_every_file_that_a_page_links_to_exists(page):
+    file = ROOT / page
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")) if "://" not in link]
     assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    assert not [link for link in links if not (file.parent / link).exists()]

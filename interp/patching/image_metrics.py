@@ -34,7 +34,9 @@ def layout_agreement() -> Compared:
     """Whose layout an image has: how far its foreground overlaps the clean run's less how far the corrupt run's.
 
     The foreground is what differs from the colour of the image's border, so that recolouring leaves it alone.
-    Overlaps are intersection over union: 1 less than 1 for the clean image, and the reverse for the corrupt one.
+    Overlaps are intersection over union: 1 less than 1 for the clean image, and the reverse for the corrupt one. An
+    image like neither run lies about half way between the two: what must be told apart from that needs a one-sided
+    metric, such as the overlap with one of them.
     """
 
     def difference(images: Pixels, clean: Pixels, corrupt: Pixels) -> Float[Tensor, " batch"]:
