@@ -17,7 +17,7 @@ from interp.guidance.controls import shuffled
 from interp.guidance.creature_trials import creature_boxes, draw_goals
 from interp.guidance.likeness import likeness
 from interp.guidance.trial_figures import sample_grid
-from interp.guidance.trials import UNGUIDED, Arm, compared, noise, run_trials
+from interp.guidance.trials import UNGUIDED, Arm, check_sampling, compared, noise, run_trials
 from interp.readouts import Readout
 from interp.runs import Run
 from interp.zoo.readouts import estimator, head
@@ -41,12 +41,14 @@ def run(
 ) -> None:
     """Guide unconditional samples to the looks of captioned ones; print likeness of colours, creature and pose."""
     config = {name: value for name, value in locals().items() if name != "out"}
+    chosen = {"step_size": step_size, "end": end}
+    check_sampling(chosen, steps=steps, guidance_scale=guidance_scale, out=out)
     sd = interp.Diffusion.from_pretrained(model)
     looks, who = head("appearance", sd, heads or None), head("identity", sd, heads or None)
     goals, judge = draw_goals(trials, seed), estimator()
     sampling = {"steps": steps, "guidance_scale": guidance_scale, "batch": batch}
     own, theirs = range(seed, seed + trials), range(seed + trials, seed + 2 * trials)
-    settings = {"step_size": step_size, "end": end, "checkpointing": False}
+    settings = {**chosen, "checkpointing": False}
     with Run.create("guidance-appearance", config, root=out, seed=[seed]) as folder:
         references = run_trials(sd, goals.prompts, [Arm("reference")], seeds=theirs, **sampling).images["reference"]
         before = run_trials(sd, [""] * trials, [Arm(UNGUIDED)], seeds=own, **sampling)

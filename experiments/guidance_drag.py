@@ -3,6 +3,7 @@
 Source: Luo, Darrell, Wang, Goldman & Holynski 2024 (arXiv 2312.02150), section 3.3 (drag-based manipulation).
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
@@ -12,11 +13,12 @@ import typer
 
 import interp
 from interp import figures, tables
+from interp.errors import InputError
 from interp.guidance import Appearance, Drag, Guide
 from interp.guidance.controls import shuffled
 from interp.guidance.creature_trials import Pulls, draw_goals, draw_pulls
 from interp.guidance.trial_figures import pulled_grid
-from interp.guidance.trials import UNGUIDED, Arm, compared, run_trials
+from interp.guidance.trials import UNGUIDED, Arm, check_sampling, compared, run_trials
 from interp.readouts import Readout
 from interp.runs import Run
 from interp.zoo.readouts import estimator, head
@@ -48,11 +50,15 @@ def run(
 ) -> None:
     """Pull the heads of unguided samples; print how far they went and how much of the rest changed."""
     config = {name: value for name, value in locals().items() if name != "out"}
+    if not math.isfinite(way):
+        raise InputError(f"way={way}: give a number of pixels")
+    chosen = {"step_size": step_size, "end": end}
+    check_sampling(chosen, steps=steps, guidance_scale=guidance_scale, out=out)
     sd = interp.Diffusion.from_pretrained(model)
     pair = (head("appearance", sd, heads or None), head("correspondence", sd, heads or None))
     goals, judge, seeds = draw_goals(trials, seed), estimator(), range(seed, seed + trials)
     sampling = {"seeds": seeds, "steps": steps, "guidance_scale": guidance_scale, "batch": batch}
-    settings = {"step_size": step_size, "end": end, "checkpointing": False}
+    settings = {**chosen, "checkpointing": False}
     with Run.create("guidance-drag", config, root=out, seed=[seed]) as folder:
         before = run_trials(sd, goals.prompts, [Arm(UNGUIDED)], **sampling)
         pulls = draw_pulls(judge.estimate(before.images[UNGUIDED]), DRAGGED, (way, way / 2), seed)
@@ -84,6 +90,9 @@ def run(
             ],
             title=f"{trials} trials, {way:g} pixels up or down; the rest is compared with {AS_FAR!r}",
         )  # fmt: skip
+        if pulls.n_cut:
+            least = min(pulls.shares)
+            typer.echo(f"In {pulls.n_cut} trials the frame had no room for the whole way, but for {least:.2f} or more.")
         typer.echo(f"\nTables and figures: {folder.folder}")
 
 

@@ -17,11 +17,12 @@ from interp.guidance import Guide, Spatial
 from interp.guidance.controls import reversed_guide, shuffled
 from interp.guidance.creature_trials import ERRORS, draw_goals, errors_by
 from interp.guidance.trial_figures import arm_films, sample_grid
-from interp.guidance.trials import UNGUIDED, Arm, compared, run_trials
+from interp.guidance.trials import UNGUIDED, Arm, check_sampling, compared, run_trials
 from interp.readouts import Readout
 from interp.readouts.creatures import creature_targets
+from interp.readouts.head_study import n_parameters
 from interp.runs import Run
-from interp.zoo.readouts import estimator, head
+from interp.zoo.readouts import estimator, head, head_about
 
 GUIDED, SHUFFLED, REVERSED = "guided", "shuffled head", "reversed gradient"
 
@@ -43,17 +44,19 @@ def run(
     rule: Annotated[str, typer.Option(help="signed_step, latent_gradient or epsilon.")] = "signed_step",
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, goals and noise.")] = 700,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in one run.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in one run; every batch has a shuffle of its own.")] = 8,
     out: Annotated[str, typer.Option(help="Where run folders are made.")] = "runs",
 ) -> None:
     """Guide to goals of the same species; print errors beside unguided samples and two controls, draw film strips."""
     config = {name: value for name, value in locals().items() if name != "out"}
+    chosen = {"rule": rule, "step_size": step_size, "end": end}
+    check_sampling(chosen, steps=steps, guidance_scale=guidance_scale, out=out)
     sd = interp.Diffusion.from_pretrained(model)
     names = [name.strip() for name in properties.split(",")]
     readouts = {name: head(name, sd, heads or None) for name in names}
     goals, judge, seeds = draw_goals(trials, seed), estimator(), range(seed, seed + trials)
     sampling = {"steps": steps, "guidance_scale": guidance_scale}
-    settings = {"rule": rule, "step_size": step_size, "end": end, "checkpointing": False}
+    settings = {**chosen, "checkpointing": False}
     tables_by_name = []
     with Run.create("guidance-spatial", config, root=out, seed=[seed]) as folder:
         for name, readout in readouts.items():
@@ -62,7 +65,7 @@ def run(
             arms = [
                 Arm(UNGUIDED),
                 Arm(GUIDED, guide),
-                Arm(SHUFFLED, partial(guide_to, shuffled(readout, seed), targets, settings)),
+                Arm(SHUFFLED, partial(guide_shuffled, readout, seed, targets, settings)),
                 Arm(REVERSED, lambda part, guide=guide: reversed_guide(guide(part))),
             ]
             found = run_trials(sd, goals.prompts, arms, seeds=seeds, batch=batch, **sampling)
@@ -74,7 +77,7 @@ def run(
             folder.save_figure(f"{name}-samples", sample_grid({"goal": goals.rendered.images, **found.images}))
             films = arm_films(sd, arms[:2], goals.prompts, seeds, readout, targets=list(targets), **sampling)
             folder.save_figure(f"{name}-film", films)
-            show(name, table, sum(weight.numel() for weight in readout.head.parameters()))
+            show(name, table, readout, head_about(name, heads or None).data)
         folder.save_table("comparison", pd.concat(tables_by_name, ignore_index=True))
         typer.echo(f"\nTables and figures: {folder.folder}")
 
@@ -84,7 +87,14 @@ def guide_to(readout: Readout, targets: Tensor, settings: dict[str, object], par
     return Guide([Spatial(readout, targets[list(part)])], **settings)
 
 
-def show(name: str, table: pd.DataFrame, parameters: int) -> None:
+def guide_shuffled(
+    readout: Readout, seed: int, targets: Tensor, settings: dict[str, object], part: Sequence[int]
+) -> Guide:
+    """The same with shuffled weights, in another order in each batch: one order may help or harm by chance."""
+    return guide_to(shuffled(readout, seed + part[0]), targets, settings, part)
+
+
+def show(name: str, table: pd.DataFrame, readout: Readout, data: str) -> None:
     """Print the errors of all arms and what guiding changes, pair by pair."""
     columns = ["arm", "median", "mean", "95 % interval", "paired difference", "p", "time"]
     rows = []
@@ -96,5 +106,5 @@ def show(name: str, table: pd.DataFrame, parameters: int) -> None:
         chance = "" if row["arm"] == UNGUIDED else f"{row['p']:.1g}"
         cells = [row["arm"], f"{row['median']:.3f}", f"{row['mean']:.3f}", interval, apart, chance]
         rows.append([*cells, f"{row['time']:.1f} ×"])
-    title = f"{name}: {ERRORS[name]}, {int(table['n'][0])} trials; head of {parameters:,} parameters"
-    tables.show(columns, rows, title=title)
+    tables.show(columns, rows, title=f"{name}: {ERRORS[name]}, {int(table['n'][0])} trials")
+    typer.echo(f"head: {n_parameters(readout.head):,} parameters, trained on {data}\n")

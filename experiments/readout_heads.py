@@ -13,7 +13,7 @@ from interp import figures, tables
 from interp.errors import InputError
 from interp.readouts.creature_heads import HEADS, creature_examples, recipe_of
 from interp.readouts.head_study import HEAD, MEAN, PIXELS, HeadResult, HeadStudy, study_head
-from interp.runs import Run
+from interp.runs import Run, check_root
 
 
 def run(
@@ -25,8 +25,8 @@ def run(
     held_out: Annotated[int, typer.Option(min=4, help="Renders that heads are measured on.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Of every training.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 8,
-    dim: Annotated[int, typer.Option(min=8, help="Channels of the mixture, a multiple of 8.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of weights, order, timesteps and noise.")] = 0,
+    dim: Annotated[int, typer.Option(min=8, help="Channels of the mixture, a multiple of 16.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order, timesteps and noise.")] = 0,
     resume: Annotated[str, typer.Option(help="The folder of an interrupted run, to go on with it.")] = "",
     out: Annotated[str, typer.Option(help="Where run folders are made.")] = "runs",
 ) -> None:
@@ -35,9 +35,12 @@ def run(
     names = [name.strip() for name in properties.split(",")] if properties else list(HEADS)
     for name in names:
         recipe_of(name)
+    if len(set(names)) < len(names):
+        raise InputError(f"--properties {properties!r} names a head twice")
     if not all(word.strip().isdigit() for word in samples.split(",")):
         raise InputError(f"--samples {samples!r}: give whole numbers with commas, such as 100,400,1600")
     counts = tuple(sorted(int(word) for word in samples.split(",")))
+    check_root(out)
     study = HeadStudy(counts, held_out, steps=steps, batch=batch, dim=dim, width=dim // 2, seed=seed)
     sd = interp.Diffusion.from_pretrained(model)
     before = Run.open(resume) if resume else None
@@ -99,6 +102,9 @@ def show(errors: pd.DataFrame, found: dict[str, HeadResult], study: HeadStudy) -
     by_count = errors[errors["head"] == HEAD].groupby(["property", "samples"], sort=False)["error"].mean()
     tables.show(
         columns,
-        [[name, *(f"{by_count[name, n]:.4f}" for n in study.samples)] for name in found],
-        title="Mean error over timesteps by number of training samples",
+        [
+            [name, *(f"{by_count[name, n]:.4f} ({result.seconds[n]:.0f} s)" for n in study.samples)]
+            for name, result in found.items()
+        ],
+        title=f"Mean error over timesteps by number of training samples, and seconds of {study.steps} steps",
     )

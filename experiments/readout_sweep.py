@@ -13,7 +13,7 @@ from interp import figures, tables
 from interp.errors import InputError
 from interp.readouts import class_task, picture_task, readout_sweep
 from interp.readouts.creatures import RANGES, creature_targets
-from interp.runs import Run
+from interp.runs import Run, check_root
 from interp.zoo.creatures import SPECIES, draw_scenes, render
 
 CLASSES = ("species", "facing")
@@ -40,18 +40,24 @@ def run(
     if not all(word.strip().isdigit() for word in timesteps.split(",")):
         raise InputError(f"--timesteps {timesteps!r}: give whole numbers with commas, such as 1,500")
     times = [int(word) for word in timesteps.split(",")]
+    names = [word.strip() for word in properties.split(",")]
+    for what, listed in (("timesteps", times), ("properties", names)):
+        if len(set(listed)) < len(listed):
+            raise InputError(f"--{what} has an entry twice: {listed}")
+    unknown = [name for name in names if name not in (*RANGES, *CLASSES)]
+    if unknown:
+        raise InputError(f"no property {unknown[0]!r}: there are {', '.join((*RANGES, *CLASSES))}")
+    check_root(out)
     rendered, scenes = None, draw_scenes(train + held_out, seed)
     rendered = render(scenes)
     tasks = []
-    for name in (word.strip() for word in properties.split(",")):
+    for name in names:
         if name in RANGES:
             tasks.append(picture_task(name, creature_targets(rendered, name)))
         elif name == "species":
             tasks.append(class_task(name, torch.tensor([SPECIES.index(scene.species) for scene in scenes])))
-        elif name == "facing":
-            tasks.append(class_task(name, torch.tensor([scene.facing == "left" for scene in scenes]).long()))
         else:
-            raise InputError(f"no property {name!r}: there are {', '.join((*RANGES, *CLASSES))}")
+            tasks.append(class_task(name, torch.tensor([scene.facing == "left" for scene in scenes]).long()))
     sd = interp.Diffusion.from_pretrained(model)
     before = Run.open(resume) if resume else None
     if before is not None and before.config != config:

@@ -8,7 +8,8 @@ Source: Diffusion Hyperfeatures, section 3.1 and its code (``dhf``); Readout Gui
 Inversion, section 3.2 and its code (``null_text``); the DDIM schedulers of diffusers (``diffusers``).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -242,6 +243,21 @@ def check_eta(eta: Any) -> None:
     """
     if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
         raise InputError(f"eta={eta!r}: give 0 (deterministic) to 1 (as much fresh noise as DDPM)")
+
+
+def check_scale(scale: Any) -> None:
+    """Refuse a scale of classifier-free guidance that means nothing.
+
+    Args:
+        scale: one, or one for each sample.
+
+    Raises:
+        InputError: none, or one that is no finite number from 0 on.
+    """
+    scales = list(scale) if isinstance(scale, Iterable) and not isinstance(scale, str) else [scale]
+    real = all(isinstance(one, Real) and not isinstance(one, bool) for one in scales)
+    if not scales or not real or not all(math.isfinite(one) and one >= 0 for one in scales):
+        raise InputError(f"guidance_scale={scale!r}: give a finite number from 0 on (up to 1: no guidance), or several")
 
 
 def ddim_sigma(eta: float, alpha_source: float, alpha_destination: float) -> float:

@@ -66,16 +66,21 @@ class Run:
             The run, with status ``running``.
 
         Raises:
-            InputError: the name is no file name, or a value of the config has no place in JSON.
+            InputError: the name is no file name, a value of the config has no place in JSON, or ``root`` is no folder.
         """
         _check_name(name)
         plain_config = to_plain(config, "config")
         started = datetime.now(UTC)
         while True:
             folder = Path(root) / f"{name}-{started:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-            with contextlib.suppress(FileExistsError):
+            try:
                 folder.mkdir(parents=True)
                 break
+            except FileExistsError:
+                check_root(root)
+            except OSError as error:
+                check_root(root)
+                raise InputError(f"no run folder can be made in {str(root)!r}: {error.strerror}.") from error
         run = cls(folder)
         _write_json(folder / "config.json", plain_config)
         seeds = [] if seed is None else [seed] if isinstance(seed, int) else list(seed)
@@ -315,6 +320,20 @@ def to_plain(value: Any, where: str) -> Any:
         f"{where} is a {type(value).__name__}, which JSON cannot say; "
         "expected strings, numbers, booleans, None, paths, and lists or dicts of these."
     )
+
+
+def check_root(root: str | Path) -> None:
+    """Refuse a place that cannot be a folder of runs, before any work is done for them.
+
+    Args:
+        root: as for `Run.create`.
+
+    Raises:
+        InputError: it is a file, or lies below one.
+    """
+    for place in (Path(root), *Path(root).parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{str(root)!r} cannot be a folder of runs: {str(place)!r} is a file.")
 
 
 def _check_name(name: str) -> None:

@@ -3,7 +3,7 @@
 A `Guide` holds terms (`Spatial`, `Drag`, `Appearance`, `Identity`, or any function of activations:
 `Term.from_function`) and says how their gradient steers a run. ``sd.generate(prompt, guidance=guide)`` runs it,
 `presets` has the published settings, `edit_real` starts from real images, and a `Reference` keeps what terms compare
-with, in place of the `Twin` that runs beside each sample.
+with, in place of the `Twin` that runs beside each sample. `controlled` adds a ControlNet or a T2I-adapter to all of it.
 """
 
 from interp.guidance import presets
@@ -14,6 +14,7 @@ from interp.guidance.guide import Guide
 from interp.guidance.identity import Identity
 from interp.guidance.real import edit_real
 from interp.guidance.reference import Reference, Twin
+from interp.guidance.residuals import controlled
 from interp.guidance.spatial import Spatial
 from interp.guidance.terms import TOTAL, FunctionTerm, Term
 
@@ -29,6 +30,7 @@ __all__ = [
     "Term",
     "Twin",
     "checkpointed",
+    "controlled",
     "edit_real",
     "presets",
     "without_weight_gradients",

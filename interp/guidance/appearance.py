@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.errors import InputError
 from interp.guidance.readout_terms import ReadoutTerm, check_descriptors, per_sample
-from interp.guidance.terms import Rescale, Weight
+from interp.guidance.terms import Rescale, Weight, is_number
 from interp.readouts.losses import aligned_cosine_distance
 
 # (top, left, bottom, right) in shares 0 to 1 of the image
@@ -57,10 +57,10 @@ class Appearance(ReadoutTerm):
         check_descriptors(self)
         self._cells()
 
-    def check(self, sd: Any, rows: int, cells: tuple[int, int], steps: int) -> None:
+    def check(self, sd: Any, rows: int | None, cells: tuple[int, int], steps: int) -> None:
         """See `Term`."""
         super().check(sd, rows, cells, steps)
-        if self.boxes is not None:
+        if self.boxes is not None and rows is not None:
             per_sample(self._cells(), rows, f"boxes of term {self.name!r}")
 
     def compare(
@@ -92,27 +92,34 @@ class Appearance(ReadoutTerm):
         """Rows and columns of each pair of boxes."""
         if self.boxes is None:
             return []
-        one = len(self.boxes) == 2 and all(len(box) == 4 for box in self.boxes)
-        pairs: Any = [self.boxes] if one else self.boxes
+        given: Any = self.boxes if _length(self.boxes) is not None else ()
+        pairs = [given] if [_length(box) for box in given] == [4, 4] else given
         size = tuple(self.readout.size)
-        if not pairs or any(len(pair) != 2 for pair in pairs):
+        if not len(pairs) or any(_length(pair) != 2 for pair in pairs):
             raise InputError(f"boxes of term {self.name!r}: give pairs (box in the reference, box in the sample)")
         return [(_box(a, size, self.name), _box(b, size, self.name)) for a, b in pairs]
 
 
 def _box(box: Box, size: tuple[int, ...], name: str) -> tuple[slice, slice]:
     """The rows and columns whose cells lie in a box with half their height and width or more."""
-    top, left, bottom, right = box if len(box) == 4 else (0.0,) * 4
+    edges: tuple[Any, ...] = tuple(box) if _length(box) == 4 else (box,)
+    numbers = len(edges) == 4 and all(is_number(edge) for edge in edges)
+    top, left, bottom, right = edges if numbers else (0.0,) * 4
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise InputError(
-            f"box {tuple(box)} of term {name!r}: give (top, left, bottom, right) in shares 0 to 1 of the image, top < "
+            f"box {edges} of term {name!r}: give (top, left, bottom, right) in shares 0 to 1 of the image, top < "
             "bottom and left < right"
         )
     rows = slice(_edge(top, size[0]), _edge(bottom, size[0]))
     columns = slice(_edge(left, size[1]), _edge(right, size[1]))
     if rows.start == rows.stop or columns.start == columns.stop:
-        raise InputError(f"box {tuple(box)} of term {name!r} is smaller than a cell of the {size[0]} × {size[1]} grid")
+        raise InputError(f"box {edges} of term {name!r} is smaller than a cell of the {size[0]} × {size[1]} grid")
     return rows, columns
+
+
+def _length(given: Any) -> int | None:
+    """How many entries a list, tuple or array has; None of anything else, text among it."""
+    return len(given) if hasattr(given, "__len__") and not isinstance(given, str) else None
 
 
 def _edge(share: float, cells: int) -> int:

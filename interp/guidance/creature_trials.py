@@ -1,7 +1,8 @@
 """Trials on the creatures: prompts with goals of the same species, and errors that an independent estimator sees."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.errors import UnknownNameError, nearest
+from interp.errors import InputError, UnknownNameError, nearest
 from interp.zoo.creatures import KEYPOINTS, Rendered, Scene, caption, draw_scenes, render
 from interp.zoo.readouts.estimator import PIXELS, Estimate, Estimator
 
@@ -124,10 +125,17 @@ class Pulls:
     Attributes:
         sources: (y, x) in pixels of the points in the unguided image.
         targets: where they are to go.
+        shares: of the way that was asked for: 1, or less where the picture has no room for more. Empty: all of it.
     """
 
     sources: list[Float[Tensor, "point 2"]]
     targets: list[Float[Tensor, "point 2"]]
+    shares: list[float] = field(default_factory=list)
+
+    @property
+    def n_cut(self) -> int:
+        """How many pulls are shorter than what was asked for."""
+        return sum(share < 1 for share in self.shares)
 
     def moved(self, estimate: Estimate, names: Sequence[str]) -> list[float]:
         """How much of the asked way the points went in each trial: 1 is all of it, 0 none.
@@ -167,23 +175,40 @@ class Pulls:
 
 
 def draw_pulls(estimate: Estimate, names: Sequence[str], way: tuple[float, float], seed: int) -> Pulls:
-    """Pulls of some keypoints, up or down, as far as the frame leaves room for.
+    """Pulls of some keypoints, up or down, whose targets lie in the picture.
+
+    Where no direction has room for the whole way, the one with most room is taken and the way is cut, for all points
+    alike, to what fits: `Pulls.shares` says to how much, and `Pulls.moved` is relative to the way that was cut.
 
     Args:
         estimate: of the unguided images.
         names: of the keypoints, which every species has.
         way: how far, in pixels, along y and at most along x.
         seed: of directions.
+
+    Raises:
+        InputError: a way that is no finite number of pixels, or none along y.
     """
+    if not all(math.isfinite(one) and one >= 0 for one in way) or not way[0]:
+        raise InputError(f"way={way}: give pixels along y, more than 0, and along x, from 0 on")
     rng = np.random.default_rng(seed)
     sources = list(estimate.keypoints[:, [KEYPOINTS.index(name) for name in names]].float())
-    targets = []
+    targets, shares = [], []
     for points in sources:
         ways = [(sign * way[0], side * way[1]) for sign in (-1.0, 1.0) for side in (-1.0, 0.0, 1.0)]
         order = [ways[index] for index in rng.permutation(len(ways))]
-        room = [min(float((points + torch.tensor(one)).min()), PIXELS - float((points + torch.tensor(one)).max()))
-                for one in order]  # fmt: skip
-        fits = [one for one, left in zip(order, room, strict=True) if left >= BORDER]
-        chosen = fits[0] if fits else order[int(np.argmax(room))]
-        targets.append(points + torch.tensor(chosen))
-    return Pulls(sources, targets)
+        # The first of the longest: a whole way, wherever there is one.
+        share, chosen = max(((_room(points, one), one) for one in order), key=lambda found: found[0])
+        targets.append(points + share * torch.tensor(chosen))
+        shares.append(share)
+    return Pulls(sources, targets, shares)
+
+
+def _room(points: Float[Tensor, "point 2"], way: Sequence[float]) -> float:
+    """The share of a way, at most 1, that all points can go without coming nearer to the frame than `BORDER`."""
+    share = 1.0
+    for axis, step in enumerate(way):
+        room = PIXELS - BORDER - float(points[:, axis].max()) if step > 0 else float(points[:, axis].min()) - BORDER
+        if step:
+            share = min(share, max(room, 0.0) / abs(step))
+    return share

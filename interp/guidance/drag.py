@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from interp.errors import InputError, ShapeError
 from interp.guidance.readout_terms import ReadoutTerm, check_descriptors, per_sample
-from interp.guidance.terms import Rescale, Weight
+from interp.guidance.terms import Rescale, Weight, is_number
 
 Points = Num[Tensor, "point 2"]
 
@@ -55,9 +56,13 @@ class Drag(ReadoutTerm):
         """Check what can be checked without a model."""
         super().__post_init__()
         check_descriptors(self)
-        if len(self.size) != 2 or min(self.size) < 1:
+        sides = self.size if isinstance(self.size, Sequence) and not isinstance(self.size, str) else ()
+        if len(sides) != 2 or not all(is_number(side) and side >= 1 for side in sides):
             raise InputError(f"term {self.name!r}: size={self.size!r}: give (height, width) of the points' image")
-        sources, targets = _listed(self.sources), _listed(self.targets)
+        sources, targets = (
+            _listed(given, f"{what} of term {self.name!r}")
+            for given, what in ((self.sources, "sources"), (self.targets, "targets"))
+        )
         if len(sources) != len(targets):
             raise InputError(f"term {self.name!r}: sources of {len(sources)} samples, targets of {len(targets)}")
         kept = [self._kept(s, t, index) for index, (s, t) in enumerate(zip(sources, targets, strict=True))]
@@ -68,10 +73,11 @@ class Drag(ReadoutTerm):
         """Source and target cells (y, x) of each sample's pairs (or of all samples'), those out of frame left out."""
         return list(vars(self)["_pairs"])
 
-    def check(self, sd: Any, rows: int, cells: tuple[int, int], steps: int) -> None:
+    def check(self, sd: Any, rows: int | None, cells: tuple[int, int], steps: int) -> None:
         """See `Term`."""
         super().check(sd, rows, cells, steps)
-        per_sample(self.cells, rows, f"points of term {self.name!r}")
+        if rows is not None:
+            per_sample(self.cells, rows, f"points of term {self.name!r}")
 
     def compare(
         self, seen: Float[Tensor, "sample out height width"], reference: Float[Tensor, "sample out height width"] | None
@@ -125,11 +131,13 @@ class Drag(ReadoutTerm):
         return start, end
 
 
-def _listed(points: Any) -> list[Tensor]:
+def _listed(points: Any, what: str) -> list[Tensor]:
     """One tensor of points for each sample, or one for all."""
-    if isinstance(points, Tensor) or not points or not isinstance(points[0], Tensor):
-        return [torch.as_tensor(points)]
-    return list(points)
+    several = isinstance(points, list | tuple) and any(isinstance(one, Tensor | np.ndarray) for one in points)
+    try:
+        return [torch.as_tensor(one) for one in (points if several else [points])]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what} are no points: give [point, 2], (y, x) in pixels, or one for each sample") from error
 
 
 def _at(descriptors: Float[Tensor, "out height width"], cells: Int[Tensor, "pair 2"]) -> Float[Tensor, "out pair"]:

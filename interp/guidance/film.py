@@ -53,10 +53,12 @@ def film(
         InputError: latents or predictions that were not kept, or steps out of range.
     """
     n_steps = trajectory.n_steps
+    if steps is None and n_frames < 1:
+        raise InputError(f"n_frames={n_frames}: give how many frames, from 1 on")
     chosen = torch.linspace(0, n_steps - 1, n_frames).round().long().tolist() if steps is None else list(steps)
     if trajectory.predicted_x0 is None or len(trajectory.latents) <= n_steps:
         raise InputError("the trajectory lacks latents or predictions of some steps: run it with keep_latents=True")
-    wrong = [step for step in chosen if not 0 <= step < n_steps]
+    wrong = [step for step in chosen if step not in range(n_steps)]
     if wrong or not chosen:
         raise InputError(f"steps {chosen}: this run has steps 0 to {n_steps - 1}")
     images = [trajectory.decode(trajectory.predicted_x0[step]).cpu() for step in chosen]

@@ -1,11 +1,11 @@
 """What steers a run: terms, and how their gradient moves it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from interp.conventions import Convention, check_eta, convention_named
+from interp.conventions import Convention, check_eta, check_scale, convention_named
 from interp.errors import InputError, nearest
 from interp.guidance.conflicts import check_together
 from interp.guidance.reference import Reference, Twin
@@ -68,6 +68,8 @@ class Guide:
 
     def __post_init__(self) -> None:
         """Check what can be checked without a run."""
+        if isinstance(self.terms, str | Term) or not isinstance(self.terms, Iterable):
+            raise InputError(f"terms are a {type(self.terms).__name__}: give a list of terms, empty for no guidance")
         object.__setattr__(self, "terms", tuple(self.terms))
         wrong = [term for term in self.terms if not isinstance(term, Term)]
         if wrong:
@@ -80,9 +82,9 @@ class Guide:
             if value not in options:
                 hint = nearest(str(value), options)
                 raise InputError(f"{name}={value!r}: give one of {', '.join(options)}. {hint}".rstrip())
-        if not (0 <= self.start < self.end <= 1):
+        if not (is_number(self.start) and is_number(self.end) and 0 <= self.start < self.end <= 1):
             raise InputError(
-                f"start={self.start}, end={self.end}: guided steps are shares of the run, 0 <= start < end <= 1"
+                f"start={self.start!r}, end={self.end!r}: guided steps are shares of the run, 0 <= start < end <= 1"
             )
         if not any(values_of(self.step_size, "step_size")):
             raise InputError(f"step_size={self.step_size!r}: nothing moves")
@@ -91,6 +93,15 @@ class Guide:
         if self.rule == "epsilon" and self.recurrence > 1:
             raise InputError("rule='epsilon' moves no latents, so that a second gradient would be the first one again")
         check_eta(self.eta)
+        check_scale(self.guidance_scale)
+        if not isinstance(self.checkpointing, bool) or not isinstance(self.term_gradients, bool):
+            raise InputError(
+                f"checkpointing={self.checkpointing!r}, term_gradients={self.term_gradients!r}: give True or False"
+            )
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise InputError(f"negative_prompt={self.negative_prompt!r}: give a text; several go to sd.generate")
+        if not isinstance(self.reference, Twin | Reference):
+            raise InputError(f"reference is a {type(self.reference).__name__}: give a Twin or a recorded Reference")
         check_together(self.terms, self.reference)
 
     @property

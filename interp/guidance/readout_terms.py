@@ -60,7 +60,7 @@ class ReadoutTerm(Term):
         """See `Term`."""
         return self.readout(maps, timestep, sd)
 
-    def check(self, sd: Any, rows: int, cells: tuple[int, int], steps: int) -> None:
+    def check(self, sd: Any, rows: int | None, cells: tuple[int, int], steps: int) -> None:
         """See `Term`; the readout has to be of this model, and as large as its latents."""
         self.readout.check(sd)
         super().check(sd, rows, cells, steps)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from interp.errors import InputError
 from interp.guidance.guide import Guide
 from interp.latents import Size
 from interp.trajectories import Trajectory
@@ -42,6 +43,8 @@ def edit_real(
 
     Source: Readout Guidance, section 3.3 (real images) and official code.
     """
+    if not isinstance(guide, Guide):
+        raise InputError(f"edit_real takes an interp.guidance.Guide, not {type(guide).__name__}")
     convention = options.pop("convention", None) or guide.convention
     inverted = sd.invert(
         images, prompt, steps=steps, convention=convention, guidance_scale=1.0, size=size, seed=seed,

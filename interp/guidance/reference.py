@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.conventions import convention_named
-from interp.errors import InputError
+from interp.conventions import check_scale, convention_named
+from interp.errors import InputError, ShapeError
+from interp.guidance.drag import Drag
 from interp.guidance.reading import Reader, Readings
-from interp.guidance.terms import Reading, precise
+from interp.guidance.terms import Reading, check_finite, is_number, precise
 from interp.models.conditioning import Guided, conditions
 from interp.models.diffusion_runs import solver_for
 from interp.trajectories import Trajectory
@@ -35,7 +36,8 @@ class Twin:
         guidance_scale: of classifier-free guidance; None: the sample's own.
 
     Raises:
-        InputError: a seed and latents, or a negative prompt alone.
+        InputError: a seed and latents, a negative prompt alone, or values that are none of these.
+        ShapeError: latents of other axes.
 
     Source: Readout Guidance, official code: a batch of two with identical noise, of which the first is not guided.
     """
@@ -52,6 +54,16 @@ class Twin:
             raise InputError("Twin: give seed or latents, not both: each is the noise to start from")
         if self.negative_prompt is not None and self.prompt is None:
             raise InputError("Twin: a negative_prompt belongs to a prompt: give both")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise InputError(f"Twin: seed={self.seed!r}: give a whole number")
+        if self.guidance_scale is not None:
+            if not is_number(self.guidance_scale):
+                raise InputError(f"Twin: guidance_scale={self.guidance_scale!r}: give one number for all samples")
+            check_scale(self.guidance_scale)
+        if self.latents is not None:
+            check_finite(self.latents, "the noise of a Twin")
+            if self.latents.ndim != 4:
+                raise ShapeError(f"the noise of a Twin is {tuple(self.latents.shape)}: give [batch, channel, y, x]")
 
     @property
     def shares_noise(self) -> bool:
@@ -106,7 +118,8 @@ class Reference:
 
         Args:
             sd: the model.
-            trajectory: of a run with all its latents, by the convention and in as many steps as the guided one.
+            trajectory: of a run with all its latents, by the convention and in as many steps as the guided one; of one
+                image for all samples, or of one for each.
             guide: whose terms, guided steps and halves count; ``dataclasses.replace(guide, reference=...)`` then uses
                 the recording.
             prompt: of the conditional half.
@@ -115,16 +128,23 @@ class Reference:
             device, dtype: where the readings are kept, and as what; None: as they come.
 
         Raises:
-            InputError: no term compares, or latents that were not kept.
+            InputError: no term compares, latents that were not kept, or what a term has for each sample is neither for
+                one nor for as many as there are images.
 
         Source: Readout Guidance, discussion of real images (readouts of the inverted image in place of a twin).
         """
+        if not isinstance(trajectory, Trajectory) or not hasattr(guide, "terms"):
+            raise InputError(
+                f"Reference.record takes a trajectory and a guide, not {type(trajectory).__name__} and "
+                f"{type(guide).__name__}"
+            )
         terms = [term for term in guide.terms if term.compares]
         if not terms:
             raise InputError("no term of this guide compares with a reference, so that there is nothing to record")
         n_steps, (rows, *_, height, width) = trajectory.n_steps, trajectory.latents.shape[1:]
         for term in guide.terms:
-            term.check(sd, rows, (height, width), n_steps)
+            # One image may serve many samples, each with points or boxes of its own: those are for the guided run.
+            term.check(sd, None if rows == 1 else rows, (height, width), n_steps)
         convention = convention_named(trajectory.convention)
         solver = solver_for(sd, convention, n_steps, (height, width), invert=False)
         by_step = dict(zip(trajectory.latent_steps, trajectory.latents, strict=True))
@@ -188,7 +208,7 @@ class Reference:
         if self.rows not in (1, len(start)):
             raise InputError(f"a reference of {self.rows} images for {len(start)} samples: record one, or one for each")
         here = self.start.to(start).expand_as(start) if self.start.shape[1:] == start.shape[1:] else None
-        moves = [term.name for term in terms if type(term).__name__ == "Drag"]
+        moves = [term.name for term in terms if isinstance(term, Drag)]
         if moves and (here is None or not torch.allclose(here, start, rtol=1e-2, atol=1e-2)):
             raise InputError(
                 f"term {moves[0]!r} moves parts of the image that comes from the sample's own noise, but the reference "

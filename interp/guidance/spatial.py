@@ -53,12 +53,12 @@ class Spatial(ReadoutTerm):
                 "descriptors: use Appearance or Drag"
             )
         what = f"the target of term {self.name!r}"
+        check_finite(self.target, what)
         if not self.target.numel():
             raise ShapeError(f"{what} is empty: {tuple(self.target.shape)}")
         channels = getattr(getattr(self.readout, "head", None), "n_out", None)
         if channels is not None and self.target.ndim >= 3 and self.target.shape[-3] != channels:
             raise ShapeError(f"{what} has {self.target.shape[-3]} channels, and its readout gives {channels}")
-        check_finite(self.target, what)
         size = tuple(self.readout.size)
         if self.target.ndim not in (3, 4) or tuple(self.target.shape[-2:]) != size:
             raise ShapeError(
@@ -87,11 +87,11 @@ class Spatial(ReadoutTerm):
         low, high = self.readout.value_range or (0.0, 1.0)
         return float(high - low)
 
-    def check(self, sd: Any, rows: int, cells: tuple[int, int], steps: int) -> None:
+    def check(self, sd: Any, rows: int | None, cells: tuple[int, int], steps: int) -> None:
         """See `Term`."""
         super().check(sd, rows, cells, steps)
         given = len(self.target) if self.target.ndim == 4 else 1
-        if given not in (1, rows):
+        if rows is not None and given not in (1, rows):
             raise ShapeError(
                 f"term {self.name!r} has {given} targets for {rows} samples: give one for all, or one for each"
             )

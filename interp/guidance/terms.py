@@ -87,12 +87,12 @@ class Term(ABC):
                 terms that do not compare.
         """
 
-    def check(self, sd: Any, rows: int, cells: tuple[int, int], steps: int) -> None:
+    def check(self, sd: Any, rows: int | None, cells: tuple[int, int], steps: int) -> None:
         """Refuse a run that the term cannot guide.
 
         Args:
             sd: the model.
-            rows: how many samples there are.
+            rows: how many samples there are; None: as many as the term is for.
             cells: height and width of the latents.
             steps: of the run.
 
@@ -130,9 +130,11 @@ class Term(ABC):
             compares: the function takes a third argument, the reference's activations by site.
 
         Raises:
-            InputError: no sites, or a bad weight.
+            InputError: no sites, no function, or a bad weight.
         """
-        listed = (sites,) if isinstance(sites, str) else tuple(sites)
+        if not callable(function):
+            raise InputError(f"a term takes a function of activations and timestep, not {type(function).__name__}")
+        listed = tuple(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else (sites,)
         title = name or getattr(function, "__name__", "function")
         return FunctionTerm(listed, function, weight, rescale, title, compares)
 
@@ -151,7 +153,7 @@ class FunctionTerm(Term):
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         check_settings(self)
-        if not self.named or not all(isinstance(site, str) for site in self.named):
+        if not self.named or not all(isinstance(site, str) and site for site in self.named):
             raise InputError(f"term {self.name!r}: name at least one site, not {self.named!r}")
 
     @property
@@ -231,7 +233,7 @@ def usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def check_finite(tensor: Tensor, what: str) -> None:
+def check_finite(tensor: Any, what: str) -> None:
     """Refuse integers, and numbers that are NaN or infinite.
 
     Raises:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from interp.guidance.guide import Guide
 from interp.metrics import bootstrap_interval
 from interp.models.diffusion import Diffusion
 from interp.progress import track
+from interp.runs import check_root
 
 UNGUIDED = "unguided"
 
@@ -83,6 +85,8 @@ def run_trials(
     """
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(f"{len(prompts)} prompts with {len(seeds)} seeds: give one seed for each prompt")
+    if batch < 1:
+        raise InputError(f"batch={batch}: give how many trials are sampled at once, from 1 on")
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names) or not names:
         raise InputError(f"arms need different names, at least one: {names}")
@@ -113,6 +117,22 @@ def run_trials(
         {name: torch.cat(some) for name, some in references.items() if some},
         seconds,
     )
+
+
+def check_sampling(settings: Mapping[str, Any], *, steps: int, guidance_scale: float, out: str | Path = "runs") -> None:
+    """Refuse settings of trials before a model is loaded for them.
+
+    Args:
+        settings: fields of the `Guide` of all arms.
+        steps: of a run.
+        guidance_scale: of classifier-free guidance.
+        out: where run folders are made.
+
+    Raises:
+        InputError: settings that no guide has, none of whose steps is guided, or an ``out`` that is no folder.
+    """
+    Guide([], guidance_scale=guidance_scale, **settings).steps(steps)
+    check_root(out)
 
 
 def noise(sd: Diffusion, seeds: Sequence[int]) -> Float[Tensor, "trial channel height width"]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def fit(
         UnknownNameError: ``rates`` names a parameter that the network does not have.
     """
     _check(n_examples, steps, batch, validate_every, patience, save_every, validate is not None)
+    _check_rates({"lr": lr, "weight_decay": weight_decay, **(rates or {})}, seed)
     optimizer = torch.optim.AdamW(_groups(net, rates or {}), lr=lr, weight_decay=weight_decay)
     asked: dict[str, Any] = {"batch": batch, "lr": lr, "weight_decay": weight_decay, "seed": seed}
     asked |= {"validate_every": validate_every, "rates": dict(rates or {}), **(settings or {})}
@@ -156,6 +158,9 @@ def _groups(net: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _take(optimizer: torch.optim.Optimizer, loss: Tensor, step: int) -> float:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"{list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"a loss is one number as a tensor, not {found}")
     value = loss.item()
     if not math.isfinite(value):
         raise InputError(f"the loss is {value} at step {step + 1}: are all features finite?")
@@ -179,6 +184,14 @@ def _measure(net: nn.Module, validate: Callable[[], float], state: Progress) -> 
     return score
 
 
+def _check_rates(rates: Mapping[str, Any], seed: Any) -> None:
+    for name, rate in rates.items():
+        if not isinstance(rate, Real) or not math.isfinite(rate) or rate < 0:
+            raise InputError(f"{name}={rate!r}: give a finite number from 0 on")
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed={seed!r}: give a whole number from 0 on")
+
+
 def _check(
     n_examples: int,
     steps: int,
@@ -191,7 +204,7 @@ def _check(
     numbers = {"the number of examples": n_examples, "steps": steps, "batch": batch, "validate_every": validate_every}
     numbers |= {name: n for name, n in (("patience", patience), ("save_every", save_every)) if n is not None}
     for name, number in numbers.items():
-        if number < 1:
+        if not isinstance(number, int) or number < 1:
             raise InputError(f"{name} must be at least 1, not {number}")
     if patience is not None and not validated:
         raise InputError("patience counts validations: give validate as well")

@@ -1,6 +1,6 @@
 """Prompts for denoisers, and the denoiser under classifier-free guidance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ def texts(prompt: str | Sequence[str], what: str = "prompt") -> list[str]:
     Raises:
         InputError: none, or something that is no text.
     """
-    listed = [prompt] if isinstance(prompt, str) else list(prompt)
+    listed = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
     wrong = [one for one in listed if not isinstance(one, str)]
     if not listed or wrong:
         raise InputError(f"{what}: give one text or several, not {type(wrong[0]).__name__ if wrong else 'none'}")

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp import latents as autoencoding
-from interp.conventions import Convention, check_eta, convention_named
+from interp.conventions import Convention, check_eta, check_scale, convention_named
 from interp.edits import Edit
 from interp.errors import InputError, ShapeError
 from interp.latents import Size, VaeMode
@@ -293,6 +293,7 @@ def _given(
     if eta is None:
         eta = 0.0 if guide is None else guide.eta
     check_eta(eta)
+    check_scale(guidance_scale)
     if isinstance(guidance_scale, Real):
         return _Given(convention_named(convention), float(guidance_scale), float(eta))
     scales = tuple(float(scale) for scale in guidance_scale)

@@ -34,13 +34,16 @@ def save(readout: Readout, folder: str | Path, about: About | None = None) -> No
         about: data, training steps and scores; its model is the readout's own where it names none.
 
     Raises:
-        InputError: a head of another kind.
+        InputError: a head of another kind, or a folder that cannot be made.
     """
     kind = type(readout.head).__name__
     if _HEADS.get(kind) is not type(readout.head):
         raise InputError(f"a head of the kind {kind!r} has no format: there are {', '.join(_HEADS)}")
     home = Path(folder)
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(folder)!r} cannot be a folder: {error.strerror}") from error
     content = {
         "format": FORMAT,
         "version": VERSION,

@@ -22,6 +22,7 @@ from interp.zoo.creatures import KEYPOINTS
 
 Measure = Callable[[Float[Tensor, "example image out height width"], Sequence[Any]], Float[Tensor, " example"]]
 
+N_GROUPS = 8  # of every head's normalisations
 MISSED = 0.1  # of the map's side: farther than this a point counts as missed
 
 
@@ -97,7 +98,7 @@ def creature_readout(
         width,
         out_channels=recipe.out_channels,
         time_dim=time_dim(sd),
-        n_groups=8,
+        n_groups=N_GROUPS,
         sites=chosen,
         seed=seed,
     )

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.errors import InputError
 from interp.hyperfeatures.features import add_noise
 from interp.models.diffusion import Diffusion
 from interp.progress import track
@@ -49,8 +50,10 @@ def evaluate(
         A row for each timestep and example: ``timestep``, ``example``, ``value``.
 
     Raises:
-        InputError: a timestep out of range, or examples that do not fit together.
+        InputError: a timestep out of range, no examples, or examples that do not fit together.
     """
+    if batch < 1 or not len(source):
+        raise InputError(f"batch={batch}, {len(source)} examples: give at least one of each")
     readout.check(sd)
     allowed = allowed_timesteps(sd, readout.time_convention, timesteps)
     context, rows = sd.prompt(""), []

@@ -79,7 +79,7 @@ class InMemory:
         targets: one for each example; None: none.
 
     Raises:
-        InputError: no examples, or another number of targets.
+        InputError: no examples, images that are no floats, or another number of targets.
     """
 
     images: Float[Tensor, "example image channel height width"]
@@ -88,6 +88,8 @@ class InMemory:
     def __post_init__(self) -> None:
         if not len(self.images):
             raise InputError("there are no examples")
+        if not self.images.is_floating_point():
+            raise InputError(f"images are floats in -1 .. 1, or latents, not {self.images.dtype}")
         if self.targets is not None and len(self.targets) != len(self.images):
             raise InputError(f"{len(self.images)} examples with {len(self.targets)} targets")
 
@@ -207,8 +209,10 @@ def loss_named(loss: str | Loss, readout: Readout) -> Loss:
     Raises:
         InputError: an unknown name, or a sparse loss without a ``value_range``.
     """
-    if not isinstance(loss, str):
+    if callable(loss):
         return loss
+    if not isinstance(loss, str):
+        raise InputError(f"a loss is a name ({', '.join(LOSSES)}) or a function, not {type(loss).__name__}")
     if loss == "sparse_mse":
         if readout.value_range is None:
             raise InputError("sparse_mse takes the least of the readout's value_range as background: give it one")

@@ -66,6 +66,8 @@ class ReadoutHead(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_whole({"dim": dim, "width": width, "n_groups": n_groups, "out_channels": out_channels, "seed": seed})
+        _check_whole({"time_dim": time_dim} | {f"channels[{n}]": number for n, number in enumerate(channels)})
         width = dim // 4 if width is None else width
         check_network(channels, 1, dim, width, n_groups, sites, None)
         check_convention(time_convention)
@@ -223,7 +225,7 @@ def head_of(
         )
     bare = without_wrapper(state)
     first = bare.get("bottleneck_layers.0.emb_layers.weight")
-    possible = first is not None and not any(_WRAPPED.match(key) for key in state)
+    possible = first is not None and not is_wrapped(state)
     if use_time and not possible:
         why = "the weights of the embedding are missing" if first is None else "the keys have the sequential wrapper"
         raise InputError(f"this head cannot use the timestep's embedding: {why}")
@@ -241,6 +243,11 @@ def head_of(
     )
     load_head_weights(head, state)
     return head
+
+
+def is_wrapped(state: Mapping[str, Tensor]) -> bool:
+    """Whether the keys of a state dict have the sequential wrapper, under which the embedding never acted."""
+    return any(_WRAPPED.match(key) for key in state)
 
 
 def load_head_weights(head: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -293,6 +300,12 @@ def _accept_wrapped_keys(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 def _bare(key: str, prefix: str) -> str:
     return prefix + next(iter(without_wrapper({key.removeprefix(prefix): torch.empty(0)})))
+
+
+def _check_whole(numbers: Mapping[str, Any]) -> None:
+    for name, number in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise InputError(f"{name}={number!r}: give a whole number")
 
 
 def _check(out_channels: int | None, time_dim: int | None, output_widths: Sequence[int], squash: bool | None) -> None:

@@ -1,5 +1,6 @@
 """How well heads read the creatures, by timestep and by number of training samples, between two bounds."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from interp.hyperfeatures.fitting import Training
 from interp.models.diffusion import Diffusion
 from interp.readouts.checkpoints import save
 from interp.readouts.creature_heads import (
+    N_GROUPS,
     creature_examples,
     creature_readout,
     error_of,
@@ -41,7 +43,8 @@ class HeadStudy:
         seed: of weights, order, timesteps and noise.
 
     Raises:
-        InputError: no numbers of samples or timesteps, or one seed for both kinds of renders.
+        InputError: no numbers of samples or timesteps, one of them twice, sizes that no head has, or one seed for both
+            kinds of renders.
     """
 
     samples: tuple[int, ...] = (100, 400, 1600)
@@ -58,6 +61,15 @@ class HeadStudy:
     def __post_init__(self) -> None:
         if not self.samples or not self.timesteps or min(self.samples) < 1:
             raise InputError(f"samples={self.samples}, timesteps={self.timesteps}: give at least one of each")
+        for what, numbers in (("samples", self.samples), ("timesteps", self.timesteps)):
+            if len(set(numbers)) < len(numbers):
+                raise InputError(f"{what}={numbers}: one is there twice")
+        sizes = {"held_out": self.held_out, "steps": self.steps, "batch": self.batch}
+        for what, number in sizes.items():
+            if number < 1:
+                raise InputError(f"{what}={number}: give at least 1")
+        if min(self.dim, self.width) < 1 or self.dim % N_GROUPS or self.width % N_GROUPS:
+            raise InputError(f"dim={self.dim}, width={self.width}: give multiples of {N_GROUPS}, its groups")
         if self.train_seed == self.test_seed:
             raise InputError(f"train_seed and test_seed are both {self.test_seed}: give different ones")
 
@@ -72,12 +84,14 @@ class HeadResult:
         errors: a row for each ``property``, ``head`` (readout or bound), ``samples``, ``timestep`` (missing for the
             bounds, which see no noise) and ``example``, with its ``error``.
         parameters: of the head.
+        seconds: of each training, here and now; without what a training that went on had taken before.
     """
 
     readouts: dict[int, Readout]
     trainings: dict[int, Training]
     errors: pd.DataFrame
     parameters: int
+    seconds: dict[int, float]
 
 
 def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None = None) -> HeadResult:
@@ -100,9 +114,10 @@ def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None =
     )
     seen_latents, held_out_latents = seen.encoded(sd), held_out.encoded(sd)
     tables = [_bounds(sd, name, study, seen, held_out)]
-    readouts, trainings = {}, {}
+    readouts, trainings, seconds = {}, {}, {}
     for n in study.samples:
         readout = creature_readout(sd, name, dim=study.dim, width=study.width, seed=study.seed)
+        started = time.perf_counter()
         trainings[n] = train_readout(
             sd,
             readout,
@@ -118,21 +133,22 @@ def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None =
             folder=None if folder is None else folder / f"{name}-{n}" / "training",
             settings={"property": name, "train_seed": study.train_seed},
         )
+        seconds[n] = time.perf_counter() - started
         table = evaluate(sd, readout, held_out_latents, measure, study.timesteps, latents=True, seed=study.seed)
         tables.append(_rows(table, name, HEAD, n))
         readouts[n] = readout
         if folder is not None:
             data = f"{n} creatures, seed {study.train_seed}"
-            scores = {f"{recipe.error} at t={time:g}": error for time, error in by_timestep(table).items()}
+            scores = {f"{recipe.error} at t={timestep:g}": error for timestep, error in by_timestep(table).items()}
             save(readout, folder / f"{name}-{n}", About(sd.name, data, study.steps, scores))
     head = readouts[max(study.samples)].head
-    return HeadResult(readouts, trainings, pd.concat(tables, ignore_index=True), n_parameters(head))
+    return HeadResult(readouts, trainings, pd.concat(tables, ignore_index=True), n_parameters(head), seconds)
 
 
 def by_timestep(table: pd.DataFrame) -> dict[float, float]:
     """The mean of what `interp.readouts.evaluate` measured at each timestep."""
     means = table.groupby("timestep")["value"].mean()
-    return {float(time): round(float(value), 5) for time, value in means.items()}
+    return {float(timestep): round(float(value), 5) for timestep, value in means.items()}
 
 
 def n_parameters(head: object) -> int:

@@ -106,7 +106,7 @@ def heatmaps(
 
     Source: Readout Guidance, official code (keypoint heads).
     """
-    if points.shape[:-1] != visible.shape:
+    if points.shape[-1] != 2 or points.shape[:-1] != visible.shape:
         raise ShapeError(f"points are {list(points.shape)}, but visible is {list(visible.shape)}")
     sigma = min(size) / _SHARE if sigma is None else sigma
     if min(size) < 1 or sigma <= 0:
@@ -138,9 +138,14 @@ def decode_heatmaps(
     Returns:
         (y, x), which is (0, 0) where nothing is there; and what is there.
 
+    Raises:
+        InputError: maps without cells, or with values that are not finite.
+
     Source: Readout Guidance, official code.
     """
     height, width = maps.shape[-2:]
+    if not height * width or not bool(torch.isfinite(maps).all()):
+        raise InputError(f"heat maps of {height} × {width} cells that are empty, NaN or infinite have no maximum")
     best, place = rearrange(maps, "... h w -> ... (h w)").max(dim=-1)
     there = best > threshold
     rows = torch.div(place, width, rounding_mode="floor")
@@ -179,6 +184,7 @@ def keypoint_pck(
     """
     if threshold <= 0:
         raise InputError(f"the threshold must be positive, not {threshold}")
+    _check_shapes(predicted, true, visible)
     counts = visible.sum(dim=1)
     if not bool((counts > 0).all()):
         raise InputError(f"instance {int((counts == 0).nonzero()[0])} has no visible keypoint: leave it out")
@@ -193,6 +199,13 @@ def keypoint_pck(
         raise InputError(f"the keypoints of instance {flat} have no extent in one direction: nothing to measure by")
     distance = ((predicted - true) / span[:, None]).square().sum(dim=-1).sqrt()
     return ((distance < threshold) & visible).sum(dim=1) / counts
+
+
+def _check_shapes(predicted: Tensor, true: Tensor, visible: Tensor) -> None:
+    if predicted.shape != true.shape or true.shape != (*visible.shape, 2):
+        raise ShapeError(
+            f"predicted points are {list(predicted.shape)}, true ones {list(true.shape)}, visible {list(visible.shape)}"
+        )
 
 
 def oks(
@@ -216,6 +229,7 @@ def oks(
 
     Source: COCO keypoint evaluation: the mean over visible keypoints of exp(-d² / (2 area (2 sigma)²)).
     """
+    _check_shapes(predicted, true, visible)
     if len(sigmas) != true.shape[1]:
         raise InputError(f"{len(sigmas)} sigmas are given for {true.shape[1]} keypoints")
     counts = visible.sum(dim=1)

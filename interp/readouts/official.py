@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from interp.errors import InputError
 from interp.hyperfeatures.checkpoints import About
 from interp.hyperfeatures.official import decoder_branches, read_official
-from interp.readouts.head import head_of
+from interp.readouts.head import PICTURE_CHANNELS, ReadoutHead, head_of, is_wrapped
 from interp.readouts.readout import Readout
 from interp.readouts.times import TimeConvention
 
@@ -51,24 +53,33 @@ def load_official(
 
     Raises:
         InputError: no such file, one that holds more than tensors and plain values, weights that are missing, left over
-            or contradict the configuration, or something that neither file nor arguments say.
+            or contradict the configuration (channels, output head, sequential wrapper), or something that neither file
+            nor arguments say.
 
     Source: Readout Guidance, official checkpoints and configurations.
     """
     content = read_official(path)
-    config = content.get("config") or {}
+    config = _mapping(path, content, "config")
+    made_with = _mapping(path, config, "aggregation_kwargs")
     name = _name(Path(path), name)
     if use_time is None and name in _UNCONDITIONED:
         use_time = False
-    head = head_of(
-        content["aggregation_network"], n_groups=n_groups, use_time=use_time, time_convention=time_convention
-    )
+    state = _mapping(path, content, "aggregation_network")
+    if not all(isinstance(weight, Tensor) for weight in state.values()):
+        raise InputError(f"aggregation_network in {str(path)!r} holds something else than tensors")
+    # Configurations that do not say it: tanh for pictures, none for heat maps.
+    squash = made_with.get("output_head_act") if any(key.startswith("output_head.") for key in state) else None
+    if squash not in (None, True, False):
+        raise InputError(f"the configuration in {str(path)!r} says output_head_act {squash!r}: expected true or false")
+    head = head_of(state, n_groups=n_groups, use_time=use_time, squash=squash, time_convention=time_convention)
     head.sites = sites or decoder_branches(head.n_layers)
-    _check(path, config, head.channels, head.dim)
+    _check(path, config, made_with, head, wrapped=is_wrapped(state))
     size = size or SIZES.get(head.n_layers)
     if size is None:
         raise InputError(f"{str(path)!r} mixes {head.n_layers} layers: give the size of the latents as size=")
-    kind = "features" if head.out_channels is None else "spatial" if head.squash else "keypoints"
+    kind = "features"
+    if head.out_channels is not None:
+        kind = "spatial" if head.out_channels in PICTURE_CHANNELS else "keypoints"
     if kind == "spatial":
         value_range = value_range or _control_range(path, config)
     named = str(config.get("model_id", ""))
@@ -97,12 +108,31 @@ def _name(path: Path, name: str | None) -> str:
     return found
 
 
-def _check(path: str | Path, config: Mapping[str, Any], channels: tuple[int, ...], dim: int) -> None:
-    """Refuse weights that their own configuration contradicts."""
-    stated = {"dims": tuple(config.get("dims") or channels), "projection_dim": config.get("projection_dim", dim)}
-    for key, found in (("dims", channels), ("projection_dim", dim)):
-        if stated[key] != found:
-            raise InputError(f"the configuration in {str(path)!r} says {key} {stated[key]}, but the weights {found}")
+def _mapping(path: str | Path, content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = content.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"{key} in {str(path)!r} is a {type(found).__name__}, not a dictionary of settings")
+    return found
+
+
+def _check(
+    path: str | Path, config: Mapping[str, Any], made_with: Mapping[str, Any], head: ReadoutHead, *, wrapped: bool
+) -> None:
+    """Refuse weights that their own configuration contradicts, where it says anything."""
+    found = {
+        "dims": (tuple(config.get("dims") or head.channels), head.channels),
+        "projection_dim": (config.get("projection_dim", head.dim), head.dim),
+        "bottleneck_sequential": (made_with.get("bottleneck_sequential", wrapped), wrapped),
+        "use_output_head": (
+            made_with.get("use_output_head", head.out_channels is not None),
+            head.out_channels is not None,
+        ),
+    }
+    if head.out_channels is not None:
+        found["output_head_channels"] = (made_with.get("output_head_channels", head.out_channels), head.out_channels)
+    for key, (stated, there) in found.items():
+        if stated != there:
+            raise InputError(f"the configuration in {str(path)!r} says {key} {stated}, but the weights {there}")
 
 
 def _control_range(path: str | Path, config: Mapping[str, Any]) -> tuple[float, float]:

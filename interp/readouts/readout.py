@@ -1,7 +1,9 @@
 """A readout: a head with everything that is needed to use it on a model."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -64,12 +66,15 @@ class Readout:
     def __post_init__(self) -> None:
         check_convention(self.time_convention)
         if self.kind not in KINDS:
-            raise InputError(f"no kind {self.kind!r}: there are {', '.join(KINDS)}. {nearest(self.kind, KINDS)}")
+            raise InputError(f"no kind {self.kind!r}: there are {', '.join(KINDS)}. {nearest(str(self.kind), KINDS)}")
+        if not isinstance(self.head, nn.Module):
+            raise InputError(f"a head is a module, such as a ReadoutHead, not {type(self.head).__name__}")
         if not self.sites or len(set(self.sites)) < len(self.sites):
             raise InputError(f"sites must be at least one name, each once, not {list(self.sites)}")
-        if len(self.size) != 2 or min(self.size) < 1:
+        if not _pair(self.size, int) or min(self.size) < 1:
             raise InputError(f"size must be a positive (height, width), not {self.size}")
-        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+        span = self.value_range
+        if span is not None and not (_pair(span, Real) and -math.inf < span[0] < span[1] < math.inf):
             raise InputError(f"value_range must be (least, greatest), not {self.value_range}")
         if self.kind == "spatial" and self.value_range is None:
             raise InputError("a spatial readout needs the value_range of its targets, such as (-1.0, 1.0)")
@@ -190,6 +195,10 @@ class Readout:
         sites = getattr(self.head, "sites", None)
         if sites is not None and tuple(sites) != tuple(self.sites):
             raise InputError(f"the head is for sites {list(sites)}, not {list(self.sites)}")
+
+
+def _pair(given: Any, kind: type) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(one, kind) for one in given)
 
 
 def fingerprint(sd: Diffusion) -> tuple[float, ...]:

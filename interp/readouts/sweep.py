@@ -1,9 +1,10 @@
 """Where in a network and when in the process a property is readable: one small head for each site and timestep."""
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from interp.progress import progress as progress_bar
 from interp.readouts.head import ReadoutHead
 from interp.readouts.losses import match_size
 from interp.readouts.probes import AttentionProbe, ProbeLoss, fit_probe
+from interp.readouts.readout import fingerprint
+from interp.readouts.sweep_files import COLUMNS, Cells, digest
 from interp.readouts.times import allowed_timesteps
-
-RESULTS = "sweep.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class ReadoutTask:
         head: makes a head for a site's channels, from a seed.
         loss: as for `fit_probe`.
         score: of readouts and targets of held-out examples, the training targets for reference; more is better.
+        settings: what the head is, in what JSON can say; compared when a sweep goes on.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ReadoutTask:
     head: Callable[[int, int], nn.Module]
     loss: str | ProbeLoss
     score: Callable[[Tensor, Tensor, Tensor], float]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def picture_task(
@@ -63,7 +66,8 @@ def picture_task(
             n_groups=n_groups, seed=seed,
         )  # fmt: skip
 
-    return ReadoutTask(name, targets, head, "mse", explained)
+    settings = {"head": ReadoutHead.__name__, "dim": dim, "n_groups": n_groups}
+    return ReadoutTask(name, targets, head, "mse", explained, settings)
 
 
 def class_task(
@@ -76,13 +80,21 @@ def class_task(
         labels: of all examples.
         n_classes: how many there are; one more than the greatest label, when not given.
         n_heads: of the probe.
+
+    Raises:
+        InputError: no labels, or some that are no classes.
     """
+    if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or int(labels.min()) < 0:
+        raise InputError(f"labels of {name!r} are whole numbers from 0 on, one for each example: {labels}")
     n = int(labels.max()) + 1 if n_classes is None else n_classes
+    if int(labels.max()) >= n:
+        raise InputError(f"labels of {name!r} go up to {int(labels.max())}, with n_classes={n}")
 
     def head(channels: int, seed: int) -> nn.Module:
         return AttentionProbe(channels, n, n_heads=n_heads, seed=seed)
 
-    return ReadoutTask(name, labels, head, "cross_entropy", right)
+    settings = {"head": AttentionProbe.__name__, "n_classes": n, "n_heads": n_heads}
+    return ReadoutTask(name, labels, head, "cross_entropy", right, settings)
 
 
 def explained(read: Tensor, targets: Tensor, reference: Tensor) -> float:
@@ -140,7 +152,8 @@ def readout_sweep(
         model_batch: examples in one call of the model.
         seed: of noise, initial weights and order.
         dtype: in which maps are held; float16 halves them.
-        folder: keeps every cell that is done; a sweep found there goes on.
+        folder: keeps every cell that is done; a sweep of the same model, examples, targets and settings that is found
+            there goes on.
         progress: show a bar over cells.
 
     Returns:
@@ -153,12 +166,15 @@ def readout_sweep(
         UnknownNameError, SiteUnavailableError: sites that the model lacks.
     """
     names = [place.site for place in sd.expanded(sites)]
-    _check(names, timesteps, tasks, len(images), n_train)
+    _check(names, timesteps, tasks, len(images), n_train, size, batch, model_batch)
     allowed_timesteps(sd, "true_t", timesteps)
     asked = {"model": sd.name, "n_train": n_train, "n_examples": len(images), "steps": steps, "batch": batch, "lr": lr}
     asked |= {"model_batch": model_batch, "latents": latents}
     asked |= {"seed": seed, "size": None if size is None else list(size), "dtype": str(dtype).removeprefix("torch.")}
-    done = _Done(None if folder is None else Path(folder), asked)
+    if folder is not None:
+        # A sweep goes on cell by cell: cells of other data would stand beside new ones, and nobody could tell.
+        asked |= {"weights": list(fingerprint(sd)), "images": digest(images)}
+    done = Cells(None if folder is None else Path(folder), asked, {} if folder is None else _described(tasks))
     clean = images if latents else _encoded(sd, images, model_batch)
     cells = [(time, task.name, site) for time in timesteps for task in tasks for site in names]
     with progress_bar(len(cells), "sweeping sites and timesteps") if progress else nullcontext() as bar:
@@ -175,39 +191,17 @@ def readout_sweep(
                     if bar is not None:
                         bar.update(1)
     rows = [done.rows[time, task.name, site] for task in tasks for site in names for time in timesteps]
-    return pd.DataFrame(rows, columns=["task", "site", "timestep", "score", "train_score", "loss"])
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-class _Done:
-    """The cells that are done, in memory and, where there is a folder, on disk."""
-
-    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
-        self.rows: dict[tuple[int, str, str], dict[str, Any]] = {}
-        self._file = None if folder is None else folder / RESULTS
-        if self._file is None:
-            return
-        if not self._file.is_file():
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-            return
-        try:
-            held, *rows = (json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines())
-            self.rows = {(row["timestep"], row["task"], row["site"]): row for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{str(self._file)!r} is damaged: {error!r}") from error
-        for name, value in settings.items():
-            if held.get(name) != value:
-                raise InputError(
-                    f"{str(self._file)!r} holds a sweep with {name} {held.get(name)!r}, not {value!r}: take another "
-                    "folder"
-                )
-
-    def add(self, row: dict[str, Any]) -> None:
-        """One more cell."""
-        self.rows[row["timestep"], row["task"], row["site"]] = row
-        if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps(row) + "\n")
+def _described(tasks: Sequence[ReadoutTask]) -> dict[str, str]:
+    """What each task is made of, as a digest."""
+    found = {}
+    for task in tasks:
+        loss = task.loss if isinstance(task.loss, str) else "a function"
+        made = json.dumps([digest(task.targets), loss, dict(task.settings)])
+        found[task.name] = hashlib.sha256(made.encode()).hexdigest()[:16]
+    return found
 
 
 @torch.no_grad()
@@ -284,7 +278,14 @@ def _read(head: nn.Module, maps: Tensor) -> Tensor:
 
 
 def _check(
-    sites: Sequence[str], timesteps: Sequence[int], tasks: Sequence[ReadoutTask], n_examples: int, n_train: int
+    sites: Sequence[str],
+    timesteps: Sequence[int],
+    tasks: Sequence[ReadoutTask],
+    n_examples: int,
+    n_train: int,
+    size: tuple[int, int] | None,
+    batch: int,
+    model_batch: int,
 ) -> None:
     if not sites or not timesteps or not tasks:
         raise InputError("a sweep needs at least one site, one timestep and one task")
@@ -293,6 +294,10 @@ def _check(
             raise InputError(f"the {what} {list(values)} are not all different")
     if not 1 <= n_train < n_examples:
         raise InputError(f"n_train={n_train} of {n_examples} examples: leave some to train on and some to score")
+    sizes = {"model_batch": model_batch, "batch": batch} | dict(zip(("height", "width"), size or (), strict=False))
+    for what, number in sizes.items():
+        if number < 1:
+            raise InputError(f"{what}={number}: give at least 1")
     for task in tasks:
         if len(task.targets) != n_examples:
             raise InputError(f"{task.name} has {len(task.targets)} targets for {n_examples} examples")

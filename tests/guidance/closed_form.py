@@ -104,13 +104,14 @@ def guided(
     prompt: str | list[str] = PROMPT,
     reference_start: Tensor | None = None,
     paired: bool = True,
+    negative: str = NEGATIVE,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Latents [step + 1, ...] of the sample and of its reference, and every gradient that was taken.
 
     The range of the latents is that of a sample and its reference, unless nothing is `paired` with a reference.
     """
     sd, rows = model(), len(start)
-    text = sd.prompt(prompt, NEGATIVE)
+    text = sd.prompt(prompt, negative)
     uncond, cond = (one.states.expand(rows, -1, -1) for one in (text.uncond, text.cond))
     states = torch.cat([uncond, uncond, cond, cond])
     alphas = sd.pipeline.scheduler.alphas_cumprod.double()

@@ -1,15 +1,18 @@
 """Guidance of other families and predictions, the pipelines' own schedulers with eta, and a scale for each image."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from interp.errors import InputError
-from interp.guidance import Guide, Term
+from interp.guidance import Appearance, Drag, Guide, Term, Twin
 from interp.models.diffusion import Diffusion
+from interp.readouts import Readout, ReadoutHead, time_dim
 from tests import tiny_diffusion
 from tests.guidance.closed_form import CLOSE
 from tests.guidance.test_runs import bright, plain
@@ -32,6 +35,60 @@ def test_other_families_are_guided(family: str, rule: Any) -> None:
     torch.testing.assert_close(free.final, unguided.final, rtol=1e-4, atol=1e-4)
     # What was asked to become less has become less, from the second step on, where the first has had its effect.
     assert sum(losses[1:]) < sum(free.guidance[free.guidance.term == "bright"].loss.tolist()[1:])
+
+
+def test_a_guided_step_of_sdxl_is_the_closed_form() -> None:
+    pipe = copy.deepcopy(tiny_diffusion.pipeline("sdxl")).to(torch.float64)
+    sd = Diffusion(pipe)
+    sites = ("up.0.resnets.1.hook_branch", "up.2.resnets.2.hook_branch")
+    modules = (pipe.unet.up_blocks[0].resnets[1].conv2, pipe.unet.up_blocks[2].resnets[2].conv2)
+    head = ReadoutHead(sd.channels(list(sites)), 16, 8, time_dim=time_dim(sd), n_groups=4, sites=sites, seed=3).double()
+    readout = Readout(head, sites, (8, 8), kind="features", name="appearance")
+    points = torch.tensor([[3.0, 3.9]]), torch.tensor([[9.9, 4.0]])
+    terms = [Appearance(readout), Drag(readout, *points, (16, 16), weight=2.0)]
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    other = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    guide = Guide(terms[:1], rule="latent_gradient", step_size=0.5, end=0.25, reference=Twin(latents=other))
+    text, time, alphas = sd.prompt("a cat", "bad"), 751, pipe.scheduler.alphas_cumprod.double()
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise of both halves, and what the head reads from them."""
+        hooked: list[Tensor] = []
+        handles = [one.register_forward_hook(lambda m, a, out: hooked.append(out)) for one in modules]
+        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2, dtype=torch.float64)
+        added = {"text_embeds": torch.cat([text.uncond.pooled, text.cond.pooled]), "time_ids": sizes}
+        states = torch.cat([text.uncond.states, text.cond.states])
+        eps = pipe.unet(torch.cat([x, x]), time, encoder_hidden_states=states, added_cond_kwargs=added).sample
+        for handle in handles:
+            handle.remove()
+        # The embedding of the timestep alone, without that of text and sizes.
+        embedding = pipe.unet.time_embedding(pipe.unet.time_proj(torch.tensor([float(time)])).double()).detach()
+        maps = [F.interpolate(one, size=(8, 8), mode="bilinear", align_corners=False) for one in hooked]
+        return eps, head(maps, embedding)
+
+    def stepped(x: Tensor) -> Tensor:
+        without, given = call(x)[0].detach().chunk(2)
+        eps = without + 3 * (given - without)
+        clean = (x - (1 - alphas[time]).sqrt() * eps) / alphas[time].sqrt()
+        return alphas[time - 250].sqrt() * clean + (1 - alphas[time - 250]).sqrt() * eps
+
+    for chosen, reference in ((terms[:1], other), (terms, start)):
+        leaf = start.clone().requires_grad_()
+        seen, wanted = call(leaf)[1], call(reference)[1].detach()
+        both = torch.cat([start, reference])
+        apart = (1 - torch.cosine_similarity(seen, wanted, dim=1)).mean(dim=(1, 2))
+        loss = apart.sum() * (both.max() - both.min()) ** 2
+        if len(chosen) == 2:
+            there = wanted[:, :, 1, 1]
+            at = [(torch.cosine_similarity(there, seen[:, :, y, x], dim=1) + 1) / 2 for y, x in ((4, 2), (1, 1))]
+            loss = loss + 2 * (-0.5 * at[0] + 0.5 * at[1]).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        used = replace(guide, terms=chosen, reference=Twin(latents=other) if reference is other else Twin())
+        trajectory = sd.generate(
+            "a cat", negative_prompt="bad", guidance=used, latents=start, steps=4, guidance_scale=3.0, progress=False
+        )
+        torch.testing.assert_close(trajectory.latents[1], stepped(start - 0.5 * gradient), **CLOSE)
+        assert (trajectory.latents[1] - stepped(start)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])

@@ -4,8 +4,10 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from interp.errors import InputError, ShapeError, UnknownNameError
 from interp.guidance import Appearance, Drag, Guide, Identity, Spatial, Term, Twin
@@ -47,6 +49,22 @@ def revised(given: Any, **changes: Any) -> Any:
         ({"recurrence": 2, "rule": "epsilon"}, "moves no latents"),
         ({"eta": -0.5}, "eta=-0.5"),
         ({"terms": [POSE]}, "hold a Readout"),
+        ({"terms": None}, "terms are a NoneType: give a list"),
+        ({"terms": drag()}, "terms are a Drag: give a list"),
+        ({"start": "a"}, "start='a'"),
+        ({"start": float("nan")}, "start=nan"),
+        ({"end": None}, "end=None"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": -1.0}, "from 0 on"),
+        ({"guidance_scale": "7.5"}, "guidance_scale='7.5'"),
+        ({"guidance_scale": []}, r"guidance_scale=\[\]"),
+        ({"guidance_scale": [2.0, float("inf")]}, "finite"),
+        ({"step_size": [0.1, float("nan")]}, "finite number"),
+        ({"step_size": "a"}, "finite number"),
+        ({"eta": float("nan")}, "eta=nan"),
+        ({"checkpointing": "no"}, "checkpointing='no'"),
+        ({"negative_prompt": 3}, "negative_prompt=3"),
+        ({"reference": "twin"}, "reference is a str: give a Twin"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -74,6 +92,39 @@ def test_bad_targets(target: torch.Tensor, error: type[Exception], message: str)
         revised(Spatial(POSE, TARGET), target=target)
 
 
+@pytest.mark.parametrize("target", [None, "a", [1.0], np.zeros((3, 8, 8))])
+def test_targets_that_are_no_tensors(target: Any) -> None:
+    with pytest.raises(InputError, match="has to be a tensor of floats"):
+        revised(Spatial(POSE, TARGET), target=target)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": "a"}, "seed='a': give a whole number"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": -2.0}, "guidance_scale=-2.0"),
+        ({"guidance_scale": "a"}, "one number for all"),
+        ({"latents": 3}, "has to be a tensor of floats, not int"),
+        ({"latents": torch.zeros(1, 4, 8, 8).long()}, r"not torch\.int64"),
+        ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "256 of 256 values that are NaN"),
+    ],
+)
+def test_bad_twins(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        revised(Twin(), **settings)
+    with pytest.raises(ShapeError, match=r"is \(4,\)"):
+        revised(Twin(), latents=torch.zeros(4))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -3.0, [2.0, float("nan")], []])
+def test_bad_scales_of_a_run(scale: Any) -> None:
+    for guide in (Guide([Appearance(LOOKS)]), None):
+        with pytest.raises(InputError, match="guidance_scale="):
+            model().generate(PROMPT, guidance=guide, guidance_scale=scale, steps=2, progress=False)
+
+
 def test_readouts_of_other_kinds() -> None:
     points = readout("points", 3, 9, kind="keypoints")
     with pytest.raises(InputError, match="rescale=None"):
@@ -97,11 +148,28 @@ def test_readouts_of_other_kinds() -> None:
         ({"sources": torch.zeros(2, 3)}, ShapeError, "point, 2"),
         ({"sources": FROM[[0, 0]], "targets": torch.tensor([[8.0, 3.0], [2.0, 12.0]])}, InputError, "asked to go to"),
         ({"size": (0, 16)}, InputError, "size=\\(0, 16\\)"),
+        ({"size": 16}, InputError, "size=16"),
+        ({"size": "ab"}, InputError, "size='ab'"),
+        ({"size": (float("nan"), 16)}, InputError, "size="),
+        ({"sources": "a"}, InputError, "sources of term 'drag' are no points"),
+        ({"targets": None}, InputError, "targets of term 'drag' are no points"),
+        ({"targets": [TO, "a"]}, InputError, "targets of term 'drag' are no points"),
+        ({"sources": []}, ShapeError, "point, 2"),
+        ({"sources": FROM[:0], "targets": TO[:0]}, InputError, "of 0 pairs"),
     ],
 )
 def test_bad_drags(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         revised(drag(), **changes)
+
+
+def test_points_may_be_lists_or_arrays() -> None:
+    wanted = drag().cells
+    for kind in (Tensor.tolist, Tensor.numpy, lambda points: [points.numpy()]):
+        found = revised(drag(), sources=kind(FROM), targets=kind(TO)).cells
+        assert [[cells.tolist() for cells in pair] for pair in found] == [
+            [cells.tolist() for cells in pair] for pair in wanted
+        ]
 
 
 def test_points_of_one_cell_may_go_to_cells_next_to_each_other() -> None:
@@ -141,6 +209,14 @@ def test_anti_ghosting_is_half_of_the_loss() -> None:
 def test_bad_boxes(box: tuple[float, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         revised(Appearance(LOOKS, BOXES), boxes=(box, BOXES[0]))
+
+
+@pytest.mark.parametrize("boxes", [3, "ab", [], [3, 4], [BOXES[:1]], (BOXES[0], None), [BOXES, BOXES[0]]])
+def test_boxes_that_are_none(boxes: Any) -> None:
+    with pytest.raises(InputError, match="boxes of term 'appearance': give pairs"):
+        revised(Appearance(LOOKS, BOXES), boxes=boxes)
+    with pytest.raises(InputError, match="shares 0 to 1"):
+        revised(Appearance(LOOKS, BOXES), boxes=((0.0, 0.0, "a", 1.0), BOXES[0]))
 
 
 def test_boxes_are_cells() -> None:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 import interp
 from interp.errors import InputError, NeverFiredError, ShapeError
-from interp.guidance import Drag, Guide, Reference, Spatial, Term, Twin, edit_real, presets
+from interp.guidance import Drag, Guide, Identity, Reference, Spatial, Term, Twin, edit_real, presets
 from interp.hyperfeatures.presets import NEGATIVE_PROMPT
 from interp.models.diffusion import Diffusion
 from tests import tiny_diffusion
 from tests.guidance.closed_form import CLOSE, NEGATIVE, PROMPT, SITES, STEPS, draw, model
-from tests.guidance.test_steps import FROM, LOOKS, PLACES, POSE, ROWS, TARGET, TERMS
+from tests.guidance.test_steps import FROM, LOOKS, PLACES, POSE, ROWS, TARGET, TERMS, TO
 
 SETTINGS: dict[str, Any] = {"negative_prompt": NEGATIVE, "steps": STEPS, "progress": False, "seed": 3, "n": ROWS}
 TERM = TERMS["drag"][0]
@@ -113,6 +113,47 @@ def test_recorded_readings_replace_the_twin(half: Any) -> None:
     torch.testing.assert_close(trajectory.latents, wanted.latents, **CLOSE)
     assert trajectory.reference is None
     assert "2 images at 2 steps" in repr(recorded)
+
+
+def per_sample() -> tuple[list[Any], list[Any]]:
+    """A drag, boxes and a target of each of two samples; and those of the second alone."""
+    boxes = [((0.0, 0.25, 0.5, 1.0), (0.5, 0.0, 1.0, 0.5)), ((0.25, 0.25, 1.0, 1.0), (0.0, 0.0, 1.0, 0.375))]
+    both = [Drag(PLACES, [FROM, TO], [TO, FROM], (16, 16)), Identity(LOOKS, boxes), Spatial(POSE, TARGET)]
+    second = [Drag(PLACES, TO, FROM, (16, 16)), Identity(LOOKS, boxes[1:]), Spatial(POSE, TARGET[1])]
+    return both, second
+
+
+def test_recordings_hold_the_row_of_each_sample() -> None:
+    sd, (both, second), prompts = model(), per_sample(), ["a red cat", "two dogs"]
+    start = draw(ROWS, 4, 8, 8, seed=31)
+    settings: dict[str, Any] = {"steps": STEPS, "progress": False, "negative_prompt": NEGATIVE, "convention": "rg"}
+    seen = sd.generate(prompts, latents=start, **settings)
+    guide = Guide(both, start=0.25, end=0.75)
+    recorded = Reference.record(sd, seen, guide, prompts, negative_prompt=NEGATIVE)
+    held = sd.generate(prompts, latents=start, guidance=replace(guide, reference=recorded), **settings)
+    twins = sd.generate(prompts, latents=start, guidance=guide, **settings)
+    torch.testing.assert_close(held.latents, twins.latents, **CLOSE)
+    alone = sd.generate(prompts[1], latents=start[1:], guidance=replace(guide, terms=second), **settings)
+    torch.testing.assert_close(held.latents[:, 1:], alone.latents, **CLOSE)
+    assert (held.latents[-1] - seen.latents[-1]).flatten(1).abs().amax(dim=1).min() > 1e-3
+    with pytest.raises(InputError, match="points of term 'drag': 2 for 3 samples"):
+        Reference.record(sd, plain(n=3), guide, PROMPT)
+
+
+def test_one_recorded_image_serves_samples_with_terms_of_their_own() -> None:
+    sd, (both, second) = model(), per_sample()
+    one = plain(n=1, seed=32)
+    start = one.latents[0].expand(ROWS, -1, -1, -1).clone()
+    guide = Guide(both, start=0.25, end=0.75)
+    recorded = Reference.record(sd, one, guide, PROMPT, negative_prompt=NEGATIVE)
+    assert recorded.rows == 1
+    held = run(replace(guide, reference=recorded), latents=start, n=1)
+    torch.testing.assert_close(held.latents, run(guide, latents=start, n=1).latents, **CLOSE)
+    alone = run(replace(guide, terms=second), latents=start[1:], n=1)
+    torch.testing.assert_close(held.latents[:, 1:], alone.latents, **CLOSE)
+    assert (held.latents[-1, 0] - held.latents[-1, 1]).abs().max() > 1e-3
+    with pytest.raises(InputError, match="points of term 'drag': 2 for 3 samples"):
+        run(replace(guide, reference=recorded), latents=start[:1].expand(3, -1, -1, -1).clone(), n=1)
 
 
 def test_a_recording_of_an_inversion_guides_back() -> None:

@@ -154,6 +154,22 @@ def test_the_unconditional_half_counts_without_classifier_free_guidance(half: An
     torch.testing.assert_close(trajectory.latents, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("calls", ["batch", "two"])
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+def test_the_half_of_the_empty_prompt_in_one_batch_or_in_calls_of_its_own(calls: str, scale: float) -> None:
+    start = draw(ROWS, 4, 8, 8, seed=13)
+    guide = Guide(TERMS["all"][0], start=0.25, end=0.75, half="uncond", rule="latent_gradient", step_size=0.5)
+    wanted, reference, gradients = guided(
+        start, TERMS["all"][1], rule="latent_gradient", size=0.5, halves=(0,), scale=scale, negative=""
+    )
+    for empty in ("", None):
+        trajectory = run(guide, start, guidance_calls=calls, guidance_scale=scale, negative_prompt=empty)
+        torch.testing.assert_close(trajectory.latents, wanted, **CLOSE)
+        torch.testing.assert_close(trajectory.reference.latents, reference, **CLOSE)
+    other, _, _ = guided(start, TERMS["all"][1], rule="latent_gradient", size=0.5, halves=(0,), scale=scale)
+    assert (other - wanted).abs().max() > 1e-4 and len(gradients) == 2
+
+
 def test_the_halves_one_after_the_other_are_the_same() -> None:
     start = draw(ROWS, 4, 8, 8, seed=5)
     guide = Guide(TERMS["all"][0], start=0.25, end=0.75, rule="latent_gradient", step_size=0.5)

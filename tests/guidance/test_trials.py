@@ -167,6 +167,7 @@ def test_pulls_measure_the_way_and_the_rest() -> None:
     ways = [target - source for source, target in zip(pulls.sources, pulls.targets, strict=True)]
     assert all(float(way[0, 0]) in (-8.0, 8.0) and abs(float(way[0, 1])) in (0.0, 4.0) for way in ways)
     assert float(ways[1][0, 0]) == 8.0
+    assert pulls.shares == [1.0, 1.0] and pulls.n_cut == 0
     assert pulls.moved(seen, names) == [0.0, 0.0]
     gone = points.clone()
     gone[:, columns] += 0.75 * torch.stack(ways)
@@ -178,6 +179,32 @@ def test_pulls_measure_the_way_and_the_rest() -> None:
     far[:, :, 60, 2] = 1.0
     assert pulls.elsewhere(near, before, 6.0) == [0.0, 0.0]
     assert min(pulls.elsewhere(far, before, 6.0)) > 0
+
+
+def test_pulls_stay_in_the_picture_and_say_how_much_of_the_way_is_left() -> None:
+    names, columns = ("eye", "nose"), [KEYPOINTS.index(name) for name in ("eye", "nose")]
+    points = torch.full((4, len(KEYPOINTS), 2), 32.0)
+    points[1, columns] = torch.tensor([[10.0, 32.0], [50.0, 32.0]])  # 7 pixels of room above, 11 below
+    points[2, columns] = torch.tensor([[32.0, 1.0], [33.0, 62.0]])  # room up and down, but not to the sides
+    points[3, columns] = torch.tensor([[63.0, 63.0], [63.0, 63.0]])
+    seen = Estimate(points, torch.zeros(4, 32, 32), torch.zeros(4, 32, 32))
+    for seed in range(20):
+        pulls = draw_pulls(seen, names, (20.0, 8.0), seed)
+        for source, target in zip(pulls.sources, pulls.targets, strict=True):
+            assert ((target >= 0) & (target <= 63)).all()
+            moves = target - source
+            torch.testing.assert_close(moves, moves[:1].expand_as(moves))
+        assert pulls.shares == pytest.approx([1.0, 0.55, 1.0, 1.0]) and pulls.n_cut == 1
+        ways = [target - source for source, target in zip(pulls.sources, pulls.targets, strict=True)]
+        assert [abs(float(way[0, 0])) for way in ways] == pytest.approx([20.0, 11.0, 20.0, 20.0])
+        assert ways[1][0, 0] > 0 and ways[2][0, 1] == 0 and float(ways[3][0, 0]) == -20.0
+        # What went as far as was asked for after the cut went all of it.
+        there = points.clone()
+        there[:, columns] += torch.stack(ways)
+        assert pulls.moved(Estimate(there, seen.depth, seen.edges), names) == pytest.approx([1.0] * 4)
+    for way in ((0.0, 4.0), (-8.0, 4.0), (float("nan"), 4.0), (8.0, float("inf"))):
+        with pytest.raises(InputError, match="give pixels along y"):
+            draw_pulls(seen, names, way, 0)
 
 
 def test_boxes_hold_the_creature() -> None:

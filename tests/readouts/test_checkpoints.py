@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from interp.readouts import (
     load_official,
     save,
 )
-from tests.readouts.heads import SITES, SIZE, model, perturbed, readout
+from tests.readouts.heads import SITES, SIZE, closed_form, model, perturbed, readout
 
 
 def latents():
@@ -95,6 +96,8 @@ def test_other_models_and_damaged_files_are_refused(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(InputError, match="the kind 'Identity' has no format"):
         save(replace(readout(sd), head=torch.nn.Identity()), tmp_path / "other")
+    with pytest.raises(InputError, match=r"readout\.json' cannot be a folder"):
+        save(readout(sd), description)
 
 
 CHANNELS = (16, 8) * 6
@@ -171,3 +174,73 @@ def test_official_files_that_do_not_fit_are_refused(tmp_path):
         load_official(official(path, head, aggregation_network=None))
     with pytest.raises(InputError, match="no checkpoint of tensors"):
         load_official(official(path, head, config={"path": tmp_path}))
+
+
+def with_settings(**settings):
+    return {
+        "projection_dim": 16,
+        "dims": list(CHANNELS),
+        "dataset_args": {"control_range": [-0.5, 0.5]},
+        "aggregation_kwargs": settings,
+    }
+
+
+def test_what_official_configurations_say_of_the_head_is_honoured(tmp_path):
+    head, path = official_head(), tmp_path / "readout_sdv15_spatial_pose.pt"
+    maps = [torch.randn(1, c, 4, 4, generator=torch.Generator().manual_seed(c)) for c in CHANNELS]
+    embedding = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    said = {"use_output_head": True, "output_head_channels": 3, "bottleneck_sequential": False}
+    plain, _ = load_official(official(path, head, config=with_settings(**said)), n_groups=4)
+    assert torch.equal(plain.head(maps, embedding), head(maps, embedding))
+    linear, _ = load_official(official(path, head, config=with_settings(output_head_act=False, **said)), n_groups=4)
+    assert linear.kind == "spatial" and not linear.head.squash
+    torch.testing.assert_close(linear.head(maps, embedding).tanh(), plain.head(maps, embedding))
+    assert (linear.head(maps, embedding) - plain.head(maps, embedding)).abs().max() > 1e-3
+    points = official_head(18)
+    bounded, _ = load_official(official(path, points, config=with_settings(output_head_act=True)), n_groups=4)
+    assert bounded.kind == "keypoints" and bounded.head.squash
+    torch.testing.assert_close(bounded.head(maps, embedding), points(maps, embedding).tanh())
+
+
+def wrapped(state):
+    return {re.sub(r"^(bottleneck_layers\.\d+)\.", r"\1.0.", key): weight for key, weight in state.items()}
+
+
+def test_heads_under_the_sequential_wrapper_do_without_the_embedding(tmp_path):
+    head, path = official_head(), tmp_path / "readout_sdv15_spatial_pose.pt"
+    for config in (with_settings(bottleneck_sequential=True), with_settings()):
+        one, _ = load_official(
+            official(path, head, aggregation_network=wrapped(head.state_dict()), config=config), n_groups=4
+        )
+        assert not one.head.uses_time
+        maps = [torch.randn(1, c, 4, 4, generator=torch.Generator().manual_seed(c)) for c in CHANNELS]
+        expected = closed_form(head.state_dict(), maps, squash=True)
+        torch.testing.assert_close(one.head(maps).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bottleneck_sequential": True}, "says bottleneck_sequential True, but the weights False"),
+        ({"use_output_head": False}, "says use_output_head False, but the weights True"),
+        ({"output_head_channels": 18}, "says output_head_channels 18, but the weights 3"),
+        ({"output_head_act": "tanh"}, "says output_head_act 'tanh': expected true or false"),
+        ("none", "aggregation_kwargs in .* is a str"),
+    ],
+)
+def test_configurations_that_their_weights_contradict(tmp_path, settings, message):
+    config = with_settings() | {"aggregation_kwargs": settings}
+    path = official(tmp_path / "readout_sdv15_spatial_pose.pt", official_head(), config=config)
+    with pytest.raises(InputError, match=message):
+        load_official(path, n_groups=4)
+
+
+def test_files_that_hold_other_things_than_weights(tmp_path):
+    head, path = official_head(), tmp_path / "readout_sdv15_spatial_pose.pt"
+    for changes, message in (
+        ({"config": ["a"]}, "config in .* is a list"),
+        ({"aggregation_network": [1]}, "aggregation_network in .* is a list"),
+        ({"aggregation_network": {"mixing_weights": 3}}, "something else than tensors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_official(official(path, head, **changes), n_groups=4)

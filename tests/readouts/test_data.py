@@ -146,7 +146,10 @@ def test_coco_takes_listed_ids_and_names_what_is_wrong(tmp_path):
     file, _ = coco(tmp_path, [(rows, [0, 0, 5, 5]), (rows, [1, 1, 9, 9])])
     with pytest.raises(InputError, match="no annotation 5"):
         CocoKeypoints(file, tmp_path, ids=[5])
-    with pytest.raises(InputError, match="box of"):
+    (tmp_path / "words.json").write_text('{"one": 1}')
+    with pytest.raises(InputError, match=r"a list of whole numbers, not .*one"):
+        CocoKeypoints(file, tmp_path, ids=tmp_path / "words.json")
+    with pytest.raises(InputError, match=r"nobody in .* a box with an area"):
         CocoKeypoints(coco(tmp_path, [(rows, [0, 0, 0, 5])])[0], tmp_path)
     with pytest.raises(InputError, match="nobody"):
         CocoKeypoints(coco(tmp_path, [(person(), [0, 0, 5, 5])])[0], tmp_path)
@@ -155,3 +158,69 @@ def test_coco_takes_listed_ids_and_names_what_is_wrong(tmp_path):
         CocoKeypoints(file, tmp_path)
     with pytest.raises(InputError, match="cannot be read"):
         CocoKeypoints(tmp_path / "none.json", tmp_path)
+
+
+NOWHERE = {
+    "no width": [3, 3, 0, 5],
+    "no height": [3, 3, 5, 0],
+    "negative": [3, 3, -4, 5],
+    "right of it": [41, 3, 5, 5],
+    "below it": [3, 30, 5, 5],
+    "left of it": [-9, 3, 8, 5],
+    "not a number": [float("nan"), 3, 5, 5],
+}
+
+
+@pytest.mark.parametrize("box", NOWHERE.values(), ids=NOWHERE)
+def test_boxes_without_an_area_in_the_picture_are_left_out_with_one_warning(tmp_path, caplog, box):
+    rows = person(nose=(4, 4, 2))
+    file, _ = coco(tmp_path, [(rows, box), (rows, [0, 0, 9, 9]), (rows, box)])
+    data = CocoKeypoints(file, tmp_path / "photos", size=8, grid=4)
+    assert [one.box for one in data.people] == [(0, 0, 9, 9)]
+    assert data(0, generator()).images.shape == (1, 3, 8, 8)
+    (record,) = caplog.records
+    assert "2 of 3 people are left out" in record.getMessage() and "such as annotation 100" in record.getMessage()
+
+
+def test_crowds_and_keypoints_outside_the_picture_do_not_count(tmp_path, caplog):
+    beyond = person(nose=(40, 4, 2), left_eye=(4, 30, 2), right_eye=(-1, 4, 2), left_ear=(4, 4, 1))
+    file, _ = coco(tmp_path, [(beyond, [0, 0, 40, 30]), (person(nose=(99, 4, 2)), [0, 0, 9, 9])])
+    data = CocoKeypoints(file, tmp_path / "photos", size=40, grid=10)
+    assert len(data) == 1  # of the second nothing is left
+    _, visible = data.keypoints(0)
+    assert [OPENPOSE[index] for index in range(18) if visible[index]] == ["left_ear"]
+    maps = data(0, generator()).target
+    assert [OPENPOSE[index] for index in range(18) if maps[index].any()] == ["left_ear"]
+    content = json.loads(file.read_text())
+    content["annotations"] += [
+        {"id": 7, "image_id": 7, "iscrowd": 1, "bbox": [0, 0, 9, 9], "segmentation": {"counts": [], "size": [30, 40]}},
+        {"id": 8, "image_id": 7, "iscrowd": 1, "keypoints": [4, 4, 2] * 17, "bbox": [0, 0, 0, 0]},
+    ]
+    content["images"].append({"id": 9, "file_name": "nobody.png", "width": 40, "height": 30})
+    file.write_text(json.dumps(content))
+    assert len(CocoKeypoints(file, tmp_path / "photos")) == 1  # nor crowds, nor pictures without anybody
+    assert not caplog.records
+    assert len(CocoKeypoints(file, tmp_path / "photos", ids=[100, 7, 100])) == 2
+    with pytest.raises(InputError, match="nobody"):
+        CocoKeypoints(file, tmp_path / "photos", ids=[7, 8])
+
+
+def test_annotations_of_pictures_that_are_not_there(tmp_path):
+    rows = person(nose=(4, 4, 2))
+    file, _ = coco(tmp_path, [(rows, [0, 0, 40, 30])])
+    content = json.loads(file.read_text())
+    content["annotations"][0]["image_id"] = 8
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="annotation 100 is of picture 8, which the file does not list"):
+        CocoKeypoints(file, tmp_path / "photos")
+    file, _ = coco(tmp_path, [(rows, [0, 0, 40, 30])])
+    picture(tmp_path / "photos/7.png", 20, 30)
+    with pytest.raises(InputError, match=r"7\.png' is 20×30 pixels, and .* up to 40×30"):
+        CocoKeypoints(file, tmp_path / "photos")(0, generator())
+    content["annotations"][0] |= {"image_id": 7, "keypoints": [1, 2]}
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="no person-keypoints file"):
+        CocoKeypoints(file, tmp_path / "photos")
+    file.write_text("[1, 2]")
+    with pytest.raises(InputError, match="no person-keypoints file"):
+        CocoKeypoints(file, tmp_path / "photos")

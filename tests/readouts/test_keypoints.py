@@ -101,5 +101,8 @@ def test_bad_keypoints_are_refused():
         keypoint_pck(two, two, torch.zeros(1, 2, dtype=torch.bool))
     with pytest.raises(InputError, match="no extent"):
         keypoint_pck(two, two, torch.ones(1, 2, dtype=torch.bool))
+    for maps in (torch.full((1, 4, 4), math.nan), torch.zeros(1, 0, 4)):
+        with pytest.raises(InputError, match="have no maximum"):
+            decode_heatmaps(maps)
     with pytest.raises(InputError, match="17 sigmas are given for 2"):
         oks(two, two, torch.ones(1, 2, dtype=torch.bool), torch.ones(1))

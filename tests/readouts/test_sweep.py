@@ -8,6 +8,7 @@ from interp.errors import InputError, ShapeError, UnknownNameError
 from interp.figures.readouts import readout_map, readout_panels, training_curves
 from interp.readouts import ReadoutTask, class_task, picture_task, readout_sweep
 from interp.readouts.sweep import explained, right
+from interp.readouts.sweep_files import digest
 from tests.pipelines import hooked_calls
 from tests.readouts.heads import SIZE, model
 
@@ -102,9 +103,58 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     pd.testing.assert_frame_equal(table, expected, rtol=1e-4)
     with pytest.raises(InputError, match="holds a sweep with steps 5, not 6"):
         sweep(sd, [task], latents, folder=tmp_path, steps=6)
-    (tmp_path / "sweep.jsonl").write_text("{")
+
+
+def test_a_line_that_was_cut_off_is_done_anew(tmp_path):
+    sd = model()
+    latents, labels, _ = world()
+    tasks = [class_task("class", labels)]
+    expected = sweep(sd, tasks, latents, folder=tmp_path, steps=3)
+    file = tmp_path / "sweep.jsonl"
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 1 + 4
+    for cut in (1, 9, len(lines[-1]) - 1):
+        file.write_bytes(whole[:-cut])
+        with hooked_calls(sd.denoiser) as calls:
+            table = sweep(sd, tasks, latents, folder=tmp_path, steps=3)
+        assert len(calls) == 2  # two batches at one timestep, for the cell that is missing
+        pd.testing.assert_frame_equal(table, expected, rtol=1e-4)
+        assert file.read_bytes().splitlines()[:-1] == whole.splitlines()[:-1] and file.read_bytes().endswith(b"}\n")
+    file.write_bytes(lines[0][:20])  # killed while its first line was written
+    pd.testing.assert_frame_equal(sweep(sd, tasks, latents, folder=tmp_path, steps=3), expected, rtol=1e-4)
+    file.write_bytes(b"".join([lines[0], lines[1][:20] + b"\n", *lines[2:]]))
     with pytest.raises(InputError, match="is damaged"):
-        sweep(sd, [task], latents, folder=tmp_path, steps=5)
+        sweep(sd, tasks, latents, folder=tmp_path, steps=3)
+    file.write_bytes(b"[]\n")
+    with pytest.raises(InputError, match="holds no settings"):
+        sweep(sd, tasks, latents, folder=tmp_path, steps=3)
+
+
+def test_a_sweep_does_not_go_on_with_other_data(tmp_path):
+    sd = model()
+    latents, labels, picture = world()
+    sweep(sd, [class_task("class", labels)], latents, folder=tmp_path, steps=1, timesteps=(20,))
+    moved = latents.clone()
+    moved[3, 0, 0, 0] += 1e-3
+    for changed, words in (
+        ({"latents": moved}, "with other images"),
+        ({"sd": model(seed=70)}, "with other weights"),
+        ({"tasks": [class_task("class", 1 - labels)]}, "other targets, loss or head of 'class'"),
+        ({"tasks": [class_task("class", labels, n_heads=2)]}, "other targets, loss or head of 'class'"),
+    ):
+        given = {"sd": sd, "tasks": [class_task("class", labels)], "latents": latents} | changed
+        with pytest.raises(InputError, match=words):
+            sweep(**given, folder=tmp_path, steps=1, timesteps=(20,))
+    more = [class_task("class", labels), picture_task("picture", picture)]
+    assert len(sweep(sd, more, latents, folder=tmp_path, steps=1, timesteps=(20,))) == 4  # another task may join
+
+
+def test_digests_tell_tensors_apart():
+    x = torch.arange(12.0).reshape(3, 4)
+    assert digest(x) == digest(x.clone()) == digest(x.T.contiguous().T)
+    others = [x.reshape(4, 3), x.double(), x.to(torch.bfloat16), x + torch.eye(3, 4) * 1e-6, x.long(), x[:2]]
+    assert len({digest(one) for one in [x, *others]}) == 7
 
 
 def test_bad_sweeps_are_refused():
@@ -120,6 +170,13 @@ def test_bad_sweeps_are_refused():
     ):
         with pytest.raises(InputError, match=words):
             sweep(sd, tasks, latents, **options)
+    for options, words in (({"size": (0, 3)}, "height=0"), ({"model_batch": 0}, "model_batch=0"),
+                           ({"batch": 0}, "batch=0"), ({"seed": -1}, "seed=-1")):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            sweep(sd, [task], latents, **options)
+    for wrong, n in ((labels[:0], None), (labels - 1, None), (labels, 1)):
+        with pytest.raises(InputError, match="labels of 'class'"):
+            class_task("class", wrong, n)
     with pytest.raises(UnknownNameError, match="Did you mean"):
         sweep(sd, [task], latents, sites=["up.1.resnets.0.hook_branches"])
 

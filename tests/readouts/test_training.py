@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +10,9 @@ from safetensors.torch import load_file
 from interp.errors import InputError, ShapeError
 from interp.readouts import (
     InMemory,
+    LinearProbe,
     PointPair,
+    Readout,
     correspondence_loss,
     evaluate,
     frozen,
@@ -125,6 +128,33 @@ def test_training_reads_the_property_at_low_noise_and_leaves_the_model_alone():
     assert by_time[1][50] < by_time[1][999]
     assert all(parameter.grad is None for parameter in sd.denoiser.parameters())
     assert all(torch.equal(tensor, before[key]) for key, tensor in sd.denoiser.state_dict().items())
+
+
+def test_a_planted_property_that_can_be_read_exactly_is_learned_to_the_end():
+    """What is asked for is a linear map of the very activations; then nothing but convergence keeps the error up."""
+    sd, site = model(), SITES[2]
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(40, 4, *SIZE, generator=generator)
+    (width,) = sd.channels([site])
+    features = sd.capture(latents, 0, "", site)[site]
+    assert tuple(features.shape[2:]) == SIZE
+    head = LinearProbe(width, 2, seed=1)
+    head.standardised.measure(features[:32])
+    planted = LinearProbe(width, 2, seed=2)
+    planted.standardised.measure(features[:32])
+    targets = planted(features).detach()
+    one = Readout(head, (site,), SIZE, "keypoints", "planted")
+    train_readout(
+        sd, one, InMemory(latents[:32, None], targets[:32]), steps=100, batch=8, lr=4e-2, latents=True, timesteps=[0]
+    )
+    read = one.read(sd, latents[32:], 0)
+    error, variance = (read - targets[32:]).square().mean(), targets[32:].var()
+    # At timestep 0 there is noise of a 34th of the latents' own deviation, which training cannot take away.
+    assert error < 0.01 * variance
+    matrices = [found.linear.weight.detach().flatten() for found in (head, planted)]
+    assert torch.cosine_similarity(*matrices, dim=0) > 0.97
+    before = LinearProbe(width, 2, seed=1)
+    assert torch.cosine_similarity(before.linear.weight.detach().flatten(), matrices[1], dim=0) < 0.5
 
 
 def test_evaluation_is_repeatable_and_does_not_depend_on_the_batch():
@@ -294,6 +324,20 @@ def test_bad_training_input_is_refused():
         train_readout(model(seed=70), one, pictures(), **options)
     with pytest.raises(InputError, match="steps must be at least 1"):
         train_readout(sd, one, pictures(), **options | {"steps": 0})
+    for wrong_number, words in (
+        ({"lr": float("nan")}, "lr=nan"), ({"lr": -1e-3}, "lr=-0.001"), ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"seed": -1}, "seed=-1"), ({"batch": 0}, "batch must be at least 1"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            train_readout(sd, one, pictures(), **options | wrong_number)
+    for loss in (lambda maps, targets: maps.mean(dim=(1, 2, 3, 4)), lambda maps, targets: maps[:0].sum(dim=(1, 2))):
+        with pytest.raises(InputError, match="a loss is one number as a tensor"):
+            train_readout(sd, one, pictures(), loss, **options)
+    with pytest.raises(InputError, match="batch=0"):
+        evaluate(sd, one, pictures(2), lambda maps, targets: maps.mean(dim=(1, 2, 3, 4)), [5], batch=0, latents=True)
+    for span in ((float("nan"), 1.0), (1.0, 1.0), (0.0, float("inf"))):
+        with pytest.raises(InputError, match="value_range must be"):
+            dataclasses.replace(one, value_range=span)
     wrong = InMemory(pictures(2).images, torch.zeros(2, 5, *SIZE))
     with pytest.raises(ShapeError, match=r"the prediction is \[2, 3, 8, 8\], the target \[2, 5, 8, 8\]"):
         train_readout(sd, one, wrong, **options)

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from interp.errors import InputError, UnknownNameError, nearest
+from interp.hyperfeatures.checkpoints import About
 from interp.models.diffusion import Diffusion
-from interp.readouts.checkpoints import load
+from interp.readouts.checkpoints import about, load
 from interp.readouts.readout import Readout
 from interp.zoo import path
 from interp.zoo.readouts.estimator import Estimate, Estimator, load_estimator
 
 MODEL = "tiny-diffusion"
 
-__all__ = ["Estimate", "Estimator", "estimator", "head", "head_names", "heads_folder"]
+__all__ = ["Estimate", "Estimator", "estimator", "head", "head_about", "head_names", "heads_folder"]
 
 
 def heads_folder() -> Path:
@@ -38,6 +39,27 @@ def head(name: str, sd: Diffusion | None = None, folder: str | Path | None = Non
         UnknownNameError: no such head.
         InputError: another model, or a head of another property under this name.
     """
+    home = _home(name, folder)
+    found = load(home, sd)
+    if found.name != name:
+        raise InputError(f"{str(home)!r} holds a head of {found.name!r}, not of {name!r}")
+    return found
+
+
+def head_about(name: str, folder: str | Path | None = None) -> About:
+    """What is recorded of such a head: the data that it was trained on, the steps, its errors.
+
+    Args:
+        name: as for `head`.
+        folder: as for `head`.
+
+    Raises:
+        UnknownNameError: no such head.
+    """
+    return about(_home(name, folder))
+
+
+def _home(name: str, folder: str | Path | None) -> Path:
     home = heads_folder() if folder is None else Path(folder)
     home = home / "heads" if (home / "heads").is_dir() else home
     known = head_names(home)
@@ -46,10 +68,7 @@ def head(name: str, sd: Diffusion | None = None, folder: str | Path | None = Non
     if name_there not in known:
         there = f"in {str(home)!r} there are {', '.join(known)}" if known else f"{str(home)!r} holds none"
         raise UnknownNameError(f"no head {name!r}: {there}. {nearest(name, known)}".rstrip())
-    found = load(home / name_there, sd)
-    if found.name != name:
-        raise InputError(f"{str(home / name_there)!r} holds a head of {found.name!r}, not of {name!r}")
-    return found
+    return home / name_there
 
 
 def estimator() -> Estimator:
