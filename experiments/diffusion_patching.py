@@ -61,7 +61,7 @@ def run(
     model: Annotated[str, typer.Option(help="zoo:NAME or a local folder; a model of the creatures.")] = (
         "zoo:tiny-diffusion"
     ),
-    pairs: Annotated[int, typer.Option(min=2, help="Pairs of runs, for each of colour, layout and pose.")] = 4,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of runs, for each of colour, layout and pose.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Of a run.")] = 10,
     window: Annotated[int, typer.Option(min=1, help="Steps that are patched together.")] = 2,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,
