@@ -26,7 +26,7 @@ from interp.zoo.readouts.estimator import PIXELS
 
 GUIDED, SHUFFLED = "drag", "shuffled heads"
 # Without the term against ghosts points go less far by the same weights, and less far means less change.
-GHOSTS, AS_FAR = "without anti-ghosting", "without, weaker appearance"
+GHOSTS, WEAKER = "without anti-ghosting", "without, weaker appearance"
 DRAGGED = ("eye", "nose", "head_top")
 NEAR = 10.0  # pixels around a point or its target that do not count as the rest of the image
 
@@ -39,7 +39,7 @@ def run(
     trials: Annotated[int, typer.Option(min=2, help="Prompts, each with a seed of its own.")] = 64,
     way: Annotated[float, typer.Option(min=4.0, help="Pixels up or down, and half as many to a side.")] = 8.0,
     appearance: Annotated[float, typer.Option(min=0.0, help="Weight of the appearance term; 0 leaves it out.")] = 0.3,
-    weaker: Annotated[float, typer.Option(min=0.0, help="The same where ghosts may stay but points go as far.")] = 0.1,
+    weaker: Annotated[float, typer.Option(min=0.0, help="The same in an arm without the term against ghosts.")] = 0.1,
     steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 50,
     step_size: Annotated[float, typer.Option(help="Of the signed steps; 0.02 in the paper.")] = 0.05,
     end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the run that is guided.")] = 0.5,
@@ -66,7 +66,7 @@ def run(
         arms = [
             Arm(GUIDED, partial(pull, pair, pulls, appearance, True, settings)),
             Arm(GHOSTS, partial(pull, pair, pulls, appearance, False, settings)),
-            Arm(AS_FAR, partial(pull, pair, pulls, weaker, False, settings)),
+            Arm(WEAKER, partial(pull, pair, pulls, weaker, False, settings)),
             Arm(SHUFFLED, partial(pull, broken, pulls, appearance, True, settings)),
         ]
         after = run_trials(sd, goals.prompts, arms, **sampling)
@@ -75,7 +75,7 @@ def run(
         moved = {arm: pulls.moved(judge.estimate(some), DRAGGED) for arm, some in images.items()}
         rest = {arm: pulls.elsewhere(some, images[UNGUIDED], NEAR) for arm, some in after.images.items()}
         table = compared(moved).assign(measure="share of the way")
-        rests = compared(rest, baseline=AS_FAR).assign(measure="change of the rest")
+        rests = compared(rest, baseline=WEAKER).assign(measure="change of the rest")
         folder.save_table("trials", pd.DataFrame(moved).join(pd.DataFrame(rest).add_suffix(", change of the rest")))
         folder.save_table("comparison", pd.concat([table, rests], ignore_index=True))
         folder.save_figure("moved", figures.trial_dots(moved, label="share of the asked way").figure)
@@ -88,7 +88,7 @@ def run(
                  change_of(rests, row["arm"]), f"{seconds[row['arm']] / seconds[UNGUIDED]:.1f} ×"]
                 for row in table.to_dict("records")
             ],
-            title=f"{trials} trials, {way:g} pixels up or down; the rest is compared with {AS_FAR!r}",
+            title=f"{trials} trials, {way:g} pixels up or down; the rest is compared with {WEAKER!r}",
         )  # fmt: skip
         if pulls.n_cut:
             least = min(pulls.shares)

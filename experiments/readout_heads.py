@@ -11,6 +11,7 @@ import typer
 import interp
 from interp import figures, tables
 from interp.errors import InputError
+from interp.guidance.trials import noise
 from interp.readouts.creature_heads import HEADS, creature_examples, recipe_of
 from interp.readouts.head_study import HEAD, MEAN, PIXELS, HeadResult, HeadStudy, study_head
 from interp.runs import Run, check_root
@@ -76,7 +77,7 @@ def draw(folder: Run, sd: interp.Diffusion, name: str, result: HeadResult, study
     latents = sd.encode(held_out.images[:, 0])
     read = {}
     for timestep in study.timesteps[::2]:
-        noisy = interp.hyperfeatures.add_noise(sd, latents, interp.guidance.trials.noise(sd, range(4)), float(timestep))
+        noisy = interp.hyperfeatures.add_noise(sd, latents, noise(sd, range(4)), float(timestep))
         read[f"read at t = {timestep}"] = readout.read(sd, noisy, timestep)
     pictures = (held_out.images[:, 0] + 1) / 2
     targets = [] if held_out.targets is None else list(held_out.targets)
