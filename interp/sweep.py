@@ -25,7 +25,8 @@ from interp.progress import progress as progress_bar
 from interp.sweeps.asked import Asked, asked
 from interp.sweeps.checks import EffectGuard, SweepMismatchError, as_values, check_against_plain, no_effect
 from interp.sweeps.chunk import ChunkRun
-from interp.sweeps.folder import Folder, fingerprint
+from interp.sweeps.fingerprint import fingerprint
+from interp.sweeps.folder import Folder
 from interp.sweeps.memory import budget, out_of_memory, release
 from interp.sweeps.obstacles import foreign_hooks, obstacle, outer_edits
 from interp.sweeps.plan import Chunk, Plan, chunked, sizes_of
@@ -101,8 +102,9 @@ class _Task:
     def batch(self) -> int:
         return len(self.layouts)
 
-    def value(self, logits: Tensor) -> Tensor:
-        return as_values(self.metric, self.asked.shown(logits), self.batch)
+    def value(self, logits: Tensor, like: Tensor | None = None, index: int = -1) -> Tensor:
+        """What is kept of a variant, in the shape of the unedited run's; of that run itself without ``like``."""
+        return as_values(self.metric, self.asked.shown(logits), self.batch, like, f"variant {index}")
 
 
 def run_sweep(
@@ -170,7 +172,9 @@ def run_sweep(
         chunks, plan = _planned(task, task.variants, reason)
         if dry_run:
             return Sweep(plan)
-        kept = None if folder is None else Folder(folder, fingerprint(vlm, inputs, variants, metric, positions))
+        kept = None
+        if folder is not None:
+            kept = Folder(folder, fingerprint(vlm, inputs, layouts, variants, metric, task.asked, depths))
         return _run(task, chunks, plan, kept, progress)
 
 
@@ -273,19 +277,20 @@ def _plain_loop(task: _Task, done: Mapping[int, Tensor], keep: Callable[[dict[in
     """One edited forward per variant; returns what is kept of the unedited one."""
     clean = plain_forward(task.vlm, task.inputs, (), task.asked, task.depths)
     guard = EffectGuard(task.vlm, task.inputs, task.asked, task.depths, clean)
+    unedited = task.value(clean)
     for variant in task.variants:
         if variant.index in done:
             continue
         if not variant.edits:
-            keep({variant.index: task.value(clean)})
+            keep({variant.index: unedited})
             continue
         logits = plain_forward(task.vlm, task.inputs, variant.edits, task.asked, task.depths)
         if task.guard and torch.equal(logits, clean):
             raise no_effect(variant)
         if task.guard and any(a.place.side == "pattern" for a in variant.edits):
             guard.check({variant: logits})
-        keep({variant.index: task.value(logits)})
-    return task.value(clean)
+        keep({variant.index: task.value(logits, unedited, variant.index)})
+    return unedited
 
 
 def _shared_loop(
@@ -294,7 +299,8 @@ def _shared_loop(
     """The shared run, then the chunks; returns what is kept of the unedited run."""
     shared, plain = _start(task)
     guard = EffectGuard(task.vlm, task.inputs, task.asked, task.depths, shared.logits)
-    keep({one.index: task.value(shared.logits) for one in task.variants if not one.edits and one.index not in done})
+    unedited = task.value(shared.logits)
+    keep({one.index: unedited for one in task.variants if not one.edits and one.index not in done})
     waiting = list(reversed(chunks))
     backed_off = False
     while waiting:
@@ -308,8 +314,9 @@ def _shared_loop(
             backed_off = True
             continue
         _check_chunk(task, dict(zip(chunk.variants, logits, strict=True)), plain, guard)
-        keep({one.index: task.value(x) for one, x in zip(chunk.variants, logits, strict=True)})
-    return task.value(shared.logits)
+        pairs = zip(chunk.variants, logits, strict=True)
+        keep({one.index: task.value(x, unedited, one.index) for one, x in pairs})
+    return unedited
 
 
 def _start(task: _Task) -> tuple[SharedRun, Tensor | None]:

@@ -1,6 +1,6 @@
-"""Metrics, memory, resumption, checks and errors of sweeps."""
+"""Memory, resumption, checks and errors of sweeps."""
 
-import json
+import inspect
 import logging
 
 import pytest
@@ -16,6 +16,9 @@ from tests.plain import state_of
 
 RESID = "blocks.{}.hook_resid_pre"
 
+# As called without the checks of types that tests run under.
+sweep = inspect.unwrap(VLM.sweep)
+
 
 def layers(at="last", value=3.0):
     return [[Add(RESID.format(i), torch.full((32,), value), at=at)] for i in range(4)]
@@ -23,38 +26,6 @@ def layers(at="last", value=3.0):
 
 def difference(logits):
     return logits[..., 5] - logits[..., 7]
-
-
-def test_a_metric_is_what_is_kept():
-    vlm, inputs = tiny.vlm("llava"), tiny.image_inputs()
-    full = vlm.sweep(inputs, [*layers(), []])
-    swept = vlm.sweep(inputs, [*layers(), []], metric=difference)
-    torch.testing.assert_close(swept.values, difference(full.logits), atol=1e-5, rtol=0)
-    torch.testing.assert_close(swept.unedited, swept.values[-1], atol=0, rtol=0)
-    with torch.no_grad():
-        torch.testing.assert_close(swept.unedited, difference(vlm(inputs).logits[:, -1]), atol=1e-5, rtol=0)
-    several = vlm.sweep(inputs, layers(), metric=difference, positions=[-1, -2])
-    assert several.values.shape == (4, 2, 2)
-    torch.testing.assert_close(several.values[..., 0], swept.values[:4], atol=1e-5, rtol=0)
-    with pytest.raises(InputError, match=r"in \.values"):
-        _ = swept.logits
-    with pytest.raises(InputError, match=r"in \.logits"):
-        _ = full.values
-
-
-@pytest.mark.parametrize(
-    ("metric", "match"),
-    [
-        (lambda logits: logits[:, 0] * float("nan"), "NaN"),
-        (lambda logits: logits.mean(), "one entry for each of the 2 prompts"),
-        (lambda logits: 3.0, "returned float"),
-    ],
-)
-@pytest.mark.parametrize("site", [RESID.format(1), "hook_embed"])
-def test_metrics_that_are_none(metric, match, site):
-    vlm = tiny.vlm("llama")
-    with pytest.raises(InputError, match=match):
-        vlm.sweep(tiny.text_inputs(), [Zero(site, at="last")], metric=metric)
 
 
 def test_a_dry_run_runs_nothing():
@@ -220,18 +191,6 @@ def test_a_sweep_goes_on_from_its_folder(tmp_path, monkeypatch):
         vlm.sweep(inputs, variants, folder=tmp_path / "sweep")
 
 
-def test_values_of_a_folder_are_those_of_the_metric(tmp_path):
-    vlm, inputs = tiny.vlm("llama"), tiny.text_inputs()
-    first = vlm.sweep(inputs, layers(), metric=difference, folder=tmp_path)
-    assert json.loads((tmp_path / "sweep.json").read_text()).keys() == {
-        "model",
-        "inputs",
-        "variants",
-        "metric or positions",
-    }
-    assert torch.equal(vlm.sweep(inputs, layers(), metric=difference, folder=tmp_path).values, first.values)
-
-
 def test_a_model_in_training_mode_and_other_kernels_share_nothing():
     vlm, inputs = VLM(tiny.llama()), tiny.text_inputs()
     vlm.model.train()
@@ -331,4 +290,13 @@ def test_errors():
         vlm.sweep(inputs, [*layers(), [Zero("unembed.hook_out", at=0)]])
     with pytest.raises(ShapeError, match="returned"):
         vlm.sweep(inputs, [*layers(), [Function(RESID.format(1), lambda x: x[:, :0], at="last")]])
+    for variants in (None, layers()[0][0], "abc", 3):
+        with pytest.raises(InputError, match=r"variants=.*one list of edits for each variant"):
+            sweep(vlm, inputs, variants)
+    with pytest.raises(InputError, match=r"variant 1: expected an edit.*got str"):
+        sweep(vlm, inputs, [layers()[0], ["abc"]])
+    for given in (["text"], "text", inputs["input_ids"], None):
+        with pytest.raises(InputError, match=rf"inputs.*{type(given).__name__}.*vlm.prepare"):
+            sweep(vlm, given, layers())
+    assert sweep(vlm, inputs, (edits for edits in layers())).logits.shape[0] == 4
     assert state_of(vlm.model) == before and named is not None

@@ -27,6 +27,7 @@ from interp.positions import Indexes
 from interp.selection import Where
 from interp.sites import Place, expand
 from interp.sweep import Sweep, run_sweep
+from interp.sweeps.checks import check_given, edits_of
 
 
 class VLM(Named):
@@ -355,14 +356,16 @@ class VLM(Named):
             inputs: prepared or plain model inputs.
             variants: one list of edits per variant.
             metric: takes each variant's logits ``[batch, vocab]`` (``[batch, pos, vocab]`` for several positions) and
-                returns ``[batch, ...]``; only that is kept then.
+                returns ``[batch, ...]``, in the same shape each time; only that is kept then.
             positions: whose logits are wanted, as for `capture`; one position has no axis.
             max_rows: the most variants × batch in one forward.
             memory: bytes that one forward may take. None: half of what is free.
             dry_run: plan only; nothing runs.
             check: compare one variant, drawn by ``seed``, with a plain edited forward. That forward takes the place of
                 the unedited one that all variants start from, of which only what it has touched is run again.
-            folder: keeps what is done; a sweep found there goes on.
+            folder: keeps what is done; a sweep found there goes on, if it is the same: model, inputs, edits, those of
+                outer blocks, metric and positions, with all that functions hold and read. Hooks of one's own count
+                by where they are.
             progress: show a bar over variants.
             allow_no_effect: let variants pass whose edits change no bit of the logits.
             seed: of the draw.
@@ -373,15 +376,18 @@ class VLM(Named):
 
         Raises:
             InputError: no variants, inputs that are not left-padded token ids, a bad ``max_rows`` or ``memory``, a
-                folder of another sweep, a metric that returns NaN or no entry per prompt, or a variant without effect.
+                folder of another sweep, something that a folder cannot tell apart from others (a metric that holds
+                an open file), a metric that returns NaN, no entry per prompt or another shape for each variant, or
+                a variant without effect.
             UnknownNameError, SiteUnavailableError, ShapeError: bad sites, positions or values of edits.
             NeverFiredError: an edit that applied to nothing.
             SweepMismatchError: the checked variant differs from the plain edited forward.
         """
+        check_given(inputs, variants, metric)
         return run_sweep(
             self,
             inputs,
-            [self._applied(edits) for edits in variants],
+            [self._applied(edits_of(index, edits)) for index, edits in enumerate(variants)],
             metric=metric,
             positions=positions,
             max_rows=max_rows,

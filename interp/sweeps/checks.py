@@ -1,11 +1,12 @@
 """What a sweep checks of its own results: one variant against a plain forward, and that every edit has an effect."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from interp.edits import Edit, as_edits
 from interp.errors import InputError, InterpError
 from interp.hooks import Tap
 from interp.sweeps.asked import Asked
@@ -106,23 +107,82 @@ def no_effect(variant: Variant) -> InputError:
     )
 
 
-def as_values(metric: Callable[[Tensor], Tensor] | None, logits: Tensor, batch: int) -> Tensor:
+def check_given(inputs: Any, variants: Any, metric: Any) -> None:
+    """Refuse what is no sweep at all, before anything is made of it.
+
+    Args:
+        inputs: should be model inputs by name.
+        variants: should be several lists of edits.
+        metric: should be a function, or None.
+
+    Raises:
+        InputError: one of them is something else.
+    """
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"inputs are {type(inputs).__name__}, expected model inputs by name: vlm.prepare makes them")
+    if isinstance(variants, str) or not isinstance(variants, Iterable):
+        raise InputError(f"variants={variants!r}: give a list with one list of edits for each variant")
+    check_metric(metric, optional=True)
+
+
+def edits_of(index: int, edits: Any) -> list[Edit]:
+    """The edits of one variant, as a list.
+
+    Args:
+        index: which variant.
+        edits: an edit, or several.
+
+    Raises:
+        InputError: something that is no edit.
+    """
+    try:
+        return as_edits(edits)
+    except InputError as error:
+        raise InputError(f"variant {index}: {error}") from error
+
+
+def check_metric(metric: Any, *, optional: bool = False) -> None:
+    """Refuse a metric that is no function.
+
+    Args:
+        metric: what was given as one.
+        optional: None is fine.
+
+    Raises:
+        InputError: it cannot be called.
+    """
+    if not callable(metric) and not (optional and metric is None):
+        raise InputError(f"metric={metric!r}: give a function of logits, or an object that can be called with them")
+
+
+def as_values(
+    metric: Callable[[Tensor], Tensor] | None, logits: Tensor, batch: int, like: Tensor | None, name: str
+) -> Tensor:
     """What is kept of one variant: its logits, or what the metric makes of them.
 
     Args:
-        metric: of the logits as users see them.
+        metric: of the logits as users see them, of which it gets a copy that it may write into.
         logits: ``[batch, vocab]`` or ``[batch, n, vocab]``.
         batch: prompts.
+        like: what is kept of the unedited run, whose shape all others have; None: this is it.
+        name: of the variant, for errors.
 
     Raises:
-        InputError: a metric that returns something else than one entry for each prompt, or NaN.
+        InputError: a metric that returns something else than one entry for each prompt, NaN, or another shape than for
+            the unedited run.
     """
     if metric is None:
         return logits
-    values = metric(logits)
+    values = metric(logits.clone())
     if not isinstance(values, Tensor) or values.ndim == 0 or values.shape[0] != batch:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"the metric returned {got}, expected a tensor with one entry for each of the {batch} prompts")
     if values.is_floating_point() and bool(values.isnan().any()):
         raise InputError("the metric returned NaN")
-    return values.detach()
+    if like is not None and values.shape != like.shape:
+        raise InputError(
+            f"the metric returned {tuple(values.shape)} for {name}, but {tuple(like.shape)} for the unedited run: it "
+            "has to give the same shape each time"
+        )
+    # A copy: a part of the logits would keep all of them, and a metric may use one tensor each time.
+    return values.detach().clone()

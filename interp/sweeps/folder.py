@@ -1,24 +1,17 @@
 """A sweep on disk: the results of each forward as they come, so that one that was cut off goes on where it stopped."""
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from interp.edits import Edit
 from interp.errors import InputError
-from interp.hooks import Applied
 
 ABOUT = "sweep.json"
-# Numbers of each parameter that tell one model from another.
-_SAMPLED = 256
 
 
 class Folder:
@@ -26,7 +19,7 @@ class Folder:
 
     Args:
         path: the folder; made when missing.
-        about: what the sweep is, as `fingerprint` says; a folder of another one is refused.
+        about: what the sweep is, as `interp.sweeps.fingerprint` says; a folder of another one is refused.
 
     Raises:
         InputError: a folder of another sweep, of something else, or a damaged one.
@@ -83,56 +76,3 @@ class Folder:
         partial = self.path / f"{name}.part"
         save_file(tensors, partial)
         partial.replace(self.path / name)
-
-
-def fingerprint(
-    vlm: Any, inputs: Mapping[str, Any], variants: Sequence[Sequence[Applied]], metric: Callable | None, positions: Any
-) -> dict[str, str]:
-    """What a sweep is, in parts that are compared one by one.
-
-    Args:
-        vlm: the model.
-        inputs: its inputs.
-        variants: for every variant its edits.
-        metric: what is made of the logits.
-        positions: whose logits are asked for.
-    """
-    model = hashlib.sha256(f"{type(vlm.model).__name__} {vlm.dtype}".encode())
-    for name, parameter in vlm.model.named_parameters():
-        sample = parameter.detach().flatten()[:_SAMPLED]
-        _add(model, name, sample if sample.device.type != "meta" else tuple(parameter.shape))
-    given = hashlib.sha256()
-    for name in sorted(inputs):
-        _add(given, name, inputs[name])
-    edited = hashlib.sha256()
-    for edits in variants:
-        _add(edited, "variant", len(edits))
-        for applied in edits:
-            _add(edited, type(applied.edit).__name__, applied.edit)
-    asked = hashlib.sha256()
-    _add(asked, "metric", metric)
-    _add(asked, "positions", positions)
-    return {
-        "model": model.hexdigest(),
-        "inputs": given.hexdigest(),
-        "variants": edited.hexdigest(),
-        "metric or positions": asked.hexdigest(),
-    }
-
-
-def _add(digest: Any, name: str, value: Any) -> None:
-    digest.update(f"|{name}:".encode())
-    if isinstance(value, Tensor):
-        exact = value.detach().cpu().contiguous()
-        digest.update(f"{exact.dtype} {tuple(exact.shape)}".encode())
-        digest.update(exact.flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Edit):
-        for f in fields(value):
-            _add(digest, f.name, getattr(value, f.name))
-    elif callable(value):
-        # Code cannot be compared in full: its name and instructions are.
-        code = getattr(value, "__code__", None)
-        digest.update(f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value))}".encode())
-        digest.update(b"" if code is None else code.co_code + repr(code.co_consts).encode())
-    else:
-        digest.update(repr(value).encode())

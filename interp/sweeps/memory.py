@@ -8,9 +8,16 @@ import torch
 
 # More than this makes forwards no faster, on any device.
 MOST = 2**33
+# With less, forwards of one variant would be all that fits, however small the model.
+LEAST = 2**26
 SHARE = 0.5
 
-_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+_CGROUPS = Path("/sys/fs/cgroup")
+# Folder, limit, use, and what of the use are files that the system may drop, in both versions of control groups.
+_FILES = (
+    (".", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 _CPU_MESSAGES = ("can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -25,12 +32,12 @@ def free_memory(devices: Iterable[torch.device]) -> int:
 
 
 def budget(devices: Iterable[torch.device]) -> int:
-    """Bytes that one forward of a sweep may take: half of what is free, up to 8 GiB.
+    """Bytes that one forward of a sweep may take: half of what is free, from 64 MiB to 8 GiB.
 
     Args:
         devices: where the model's blocks are.
     """
-    return min(MOST, int(SHARE * free_memory(devices)))
+    return max(LEAST, min(MOST, int(SHARE * free_memory(devices))))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -58,7 +65,14 @@ def _free_on(device: torch.device) -> int:
 
 def _container_limit() -> int | None:
     """What a container still allows; None where it sets no limit."""
-    if not all(path.is_file() for path in _CGROUP):
-        return None
-    most, used = (path.read_text().strip() for path in _CGROUP)
-    return max(0, int(most) - int(used)) if most.isdigit() and used.isdigit() else None
+    for folder, limit, use, droppable in _FILES:
+        try:
+            most, used = ((_CGROUPS / folder / name).read_text().strip() for name in (limit, use))
+            stat = (_CGROUPS / folder / "memory.stat").read_text()
+        except OSError:
+            continue
+        if not most.isdigit() or not used.isdigit():
+            return None
+        counts = dict(line.split() for line in stat.splitlines() if len(line.split()) == 2)
+        return max(0, int(most) - int(used) + int(counts.get(droppable, 0)))
+    return None

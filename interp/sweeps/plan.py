@@ -162,6 +162,7 @@ class Plan:
     def __str__(self) -> str:
         ratio = self.naive_token_layers / max(1, self.token_layers)
         forwards = f"{len(self.chunks)} forwards of up to {self.variants_per_forward} variants"
+        forwards += f" and {self.memory / 2**20:,.3g} MiB"
         return (
             f"{self.n_variants} variants × {self.batch} rows: {self.token_layers:,} token-layers against "
             f"{self.naive_token_layers:,} of the naive loop ({ratio:.1f}×); shared prefix of {self.shared_prefix} of "
