@@ -53,7 +53,8 @@ def run(
             for phase, layer in patching.peaks(one).items():
                 is_peak = (table["modality"] == modality) & (table["phase"] == phase) & (table["layer"] == str(layer))
                 peak = table[is_peak].iloc[0]
-                interval = f"{peak['low']:.4f} to {peak['high']:.4f}"
+                # One example has no interval.
+                interval = f"{peak['low']:.4f} to {peak['high']:.4f}" if one.n_examples > 1 else None
                 rows.append([modality, phase, layer, f"{peak['value']:.4f}", interval,
                              f"{peak['control random vector']:.4f}"])  # fmt: skip
         columns = ["examples", "phase", "peaks at layer", "probability", "95 % interval", "random vector"]

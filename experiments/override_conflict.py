@@ -77,7 +77,9 @@ def answers(
 ) -> patching.PatchingResult:
     """Whether the model gives the vector's answer, by the first token."""
     rows = rows_of(pairs, task)
-    random = [random_like(one, seed=seed + draw) for draw in range(n_controls) for one in vectors.values()]
+    # The same random vectors as of the logit differences.
+    random = [random_like(one, seed=seed + draw * len(vectors) + k) for draw in range(n_controls)
+              for k, one in enumerate(vectors.values())]  # fmt: skip
     scores = score_patches(vlm, [pairs.corrupt[row] for row in rows], [pairs.items[row] for row in rows],
                            [*vectors.values(), *random])  # fmt: skip
     right = scores.prefix.float()
@@ -124,7 +126,9 @@ def show(answered: patching.PatchingResult, found: patching.PatchingResult, moda
     for vector, cells in table.groupby("vector", sort=False):
         best = cells.loc[cells["value"].idxmax()]
         wins = [str(layer) for layer in cells.loc[cells["value"] > 0.5, "layer"]]
-        rows.append([vector, best["layer"], float(best["value"]), f"{best['low']:.2f} to {best['high']:.2f}",
+        # One example has no interval.
+        interval = f"{best['low']:.2f} to {best['high']:.2f}" if answered.n_examples > 1 else None
+        rows.append([vector, best["layer"], float(best["value"]), interval,
                      float(best["control random vector"]), float(best["difference"]), " ".join(wins)])  # fmt: skip
     columns = [f"{modality} queries", "best layer", "its answer", "95 % interval", "random vector",
                "logit difference (1: its own prompt)", "wins at layers"]  # fmt: skip

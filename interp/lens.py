@@ -68,6 +68,7 @@ def phases(
 
     Raises:
         ShapeError: another number of tokens than of rows.
+        InputError: tokens that are no integers, or that the vocabulary lacks.
 
     Source: Luo et al. 2025, figure "token representation evolution": input, then task, then answer.
     """
@@ -79,6 +80,11 @@ def phases(
             raise ShapeError(
                 f"phase {phase!r} has {wanted.numel()} tokens for {logits.shape[1]} rows: give one per row"
             )
+        if wanted.is_floating_point() or wanted.is_complex() or wanted.dtype == torch.bool:
+            raise InputError(f"phase {phase!r}: token ids are integers, not {wanted.dtype}")
+        outside = wanted[(wanted < 0) | (wanted >= logits.shape[-1])].tolist()
+        if outside:
+            raise InputError(f"phase {phase!r}: no token {outside[0]}; the vocabulary has 0 to {logits.shape[-1] - 1}")
         index = wanted.to(logits.device).expand(len(logits), -1)[..., None]
         found[phase] = probabilities.gather(-1, index)[..., 0]
     return found

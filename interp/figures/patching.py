@@ -279,22 +279,29 @@ def agreement_scatter(
     return ax
 
 
-def draw(result: Any, ax: Axes | None, normalised: bool, **options: Any) -> Axes:
+def draw(
+    result: Any, ax: Axes | None, normalised: bool, picture: ImageLike | np.ndarray | None = None, **options: Any
+) -> Axes:
     """Draw a `interp.patching.result.PatchingResult`; see its ``plot``."""
     axes = dict(result.axes)
+    if picture is not None:
+        return _on_image(result, ax, normalised, picture, options)
     if not 1 <= len(axes) <= 3:
         raise InputError(f"{result.name} has the axes {list(axes)}: result.select(...) keeps one name of some of them")
-    means = result.mean(normalised)
-    label = f"{result.metric}\n(0 = corrupt, 1 = clean)" if normalised else result.metric
-    base = _unpatched(result, normalised)
-    options = {"label": label} | options
     if len(axes) == 1:
+        options = {"label": _label(result, normalised)} | options
+        means = result.mean(normalised)
         ((name, names),) = axes.items()
-        ends = result.interval(normalised=normalised) if result.n_examples > 1 else None
+        shades = result.interval(normalised=normalised) if result.n_examples > 1 else None
         controls = {what: result.control(what, normalised) for what in result.controls}
-        levels = {"clean": 1.0, "corrupt": 0.0} if normalised else {}
-        given = {"interval": ends and (ends.low, ends.high), "controls": controls, "baselines": levels, "xlabel": name}
+        runs = {name: end for name, end in (("clean", result.clean), ("corrupt", result.corrupt)) if end is not None}
+        levels = {name: float(end.mean()) for name, end in runs.items()}
+        band = shades and (shades.low, shades.high)
+        given = {"interval": band, "controls": controls, "xlabel": name,
+                 "baselines": {"clean": 1.0, "corrupt": 0.0} if normalised else levels}  # fmt: skip
         return effect_line(means, names, **{**given, **options}, ax=ax)
+    means, base, label = _centred(result, normalised)
+    options = {"label": label} | options
     *first, row, column = axes
     if column == "position":
         # Tokens read best as rows.
@@ -306,13 +313,36 @@ def draw(result: Any, ax: Axes | None, normalised: bool, **options: Any) -> Axes
     return effect_map(means, axes[row], axes[column], **{**given, **options}, ax=ax)
 
 
-def _unpatched(result: Any, normalised: bool) -> float:
-    """The value of a patch that does nothing."""
-    noise = result.about.get("direction") == "noise"
-    if normalised:
-        return 1.0 if noise else 0.0
-    base = result.clean if noise else result.corrupt
-    return 0.0 if base is None else float(base.mean())
+def _label(result: Any, normalised: bool) -> str:
+    return f"{result.metric}\n(0 = corrupt, 1 = clean)" if normalised else result.metric
+
+
+def _centred(result: Any, normalised: bool) -> tuple[Tensor, float, str]:
+    """The means, the value of a patch that does nothing, and what the values are; effects where that value varies."""
+    unpatched = result.unpatched(normalised)
+    if unpatched is None:
+        return result.mean(normalised), 0.0, _label(result, normalised)
+    levels = unpatched.mean(dim=-1)
+    if levels.numel() == 1:
+        return result.mean(normalised), float(levels), _label(result, normalised)
+    what = "(0 = no effect, 1 = as the other run)" if normalised else "(towards the other run)"
+    return result.effects(normalised).mean(dim=-1), 0.0, f"effect on {result.metric}\n{what}"
+
+
+def _on_image(
+    result: Any, ax: Axes | None, normalised: bool, picture: ImageLike | np.ndarray, options: Mapping[str, Any]
+) -> Axes:
+    """One value for each patch of an image, on the image."""
+    grid = result.about.get("grid")
+    if grid is None or "position" not in result.axes:
+        raise InputError(f"{result.name}: the positions are no grid of an image; patching.image_patches makes one")
+    several = [axis for axis, names in result.axes.items() if axis != "position" and len(names) > 1]
+    if several:
+        wanted = ", ".join(f"{axis}=..." for axis in several)
+        raise InputError(f"an image shows one value for each patch: result.select({wanted}).plot(image=...)")
+    means, base, label = _centred(result, normalised)
+    values = means.reshape(grid["rows"], grid["columns"])
+    return image_heat(picture, values, **{"center": base, "label": label, **options}, ax=ax)
 
 
 def _norm(values: np.ndarray, center: float, limits: tuple[float, float] | None) -> TwoSlopeNorm:

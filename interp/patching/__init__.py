@@ -2,30 +2,38 @@
 
 from interp.patching.activation import activation, image_map
 from interp.patching.attribution import Agreement, agreement, attribution
+from interp.patching.contrasts import Contrast, contrasts, task_pairs
 from interp.patching.corruption import MeanOver, TokenNoise
 from interp.patching.diffusion import diffusion
 from interp.patching.function_vectors import FunctionVector, add_by_layer, function_vector
-from interp.patching.head_overlap import overlap, rank_correlation
-from interp.patching.head_vectors import head_outputs, put_heads, replace_heads, strongest_heads
-from interp.patching.heads import by_tower, effect, head_sets, heads, top_heads
-from interp.patching.image_metrics import layout_agreement, option_difference
-from interp.patching.knockout import Cut, crossing, cut, drops, knockout
+from interp.patching.head_overlap import Correlation, Overlap, overlap, rank_correlation
+from interp.patching.head_vectors import HeadOutputs, head_outputs, put_heads, replace_heads, strongest_heads
+from interp.patching.heads import Head, by_tower, effect, head_sets, heads, top_heads
+from interp.patching.image_metrics import Compared, layout_agreement, option_difference
+from interp.patching.knockout import Cut, crossing, cut, drops, knockout, windows_of
 from interp.patching.lens import decodes, identity_prompt, lens, patchscope, peaks
 from interp.patching.mediation import MediationPrompts, indirect_effects, mediation, mediation_prompts, probability
 from interp.patching.metric import log_probability, logit_difference
 from interp.patching.override import override, wins
 from interp.patching.path import path
 from interp.patching.reinforce_heads import HeadSelection, reinforce_heads
-from interp.patching.result import PatchingResult
+from interp.patching.result import Intervals, PatchingResult
 from interp.patching.tokens import PatchGrid, TokenGroup, every_token, image_patches, segments
 
 __all__ = [
     "Agreement",
+    "Compared",
+    "Contrast",
+    "Correlation",
     "Cut",
     "FunctionVector",
+    "Head",
+    "HeadOutputs",
     "HeadSelection",
+    "Intervals",
     "MeanOver",
     "MediationPrompts",
+    "Overlap",
     "PatchGrid",
     "PatchingResult",
     "TokenGroup",
@@ -35,6 +43,7 @@ __all__ = [
     "agreement",
     "attribution",
     "by_tower",
+    "contrasts",
     "crossing",
     "cut",
     "decodes",
@@ -70,6 +79,8 @@ __all__ = [
     "replace_heads",
     "segments",
     "strongest_heads",
+    "task_pairs",
     "top_heads",
+    "windows_of",
     "wins",
 ]

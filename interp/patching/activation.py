@@ -10,6 +10,7 @@ from interp.errors import InputError
 from interp.patching.cells import Cell, Direction, language_sites, measure_cells, prepare
 from interp.patching.corruption import MeanOver, TokenNoise
 from interp.patching.metric import MetricFunction, name_of
+from interp.patching.options import check_options
 from interp.patching.result import PatchingResult
 from interp.patching.tokens import PatchGrid
 
@@ -62,6 +63,7 @@ def activation(
 
     Source: Meng et al. 2022, section 2 (causal tracing); Heimersheim & Nanda 2024 (denoising and noising).
     """
+    check_options(options)
     kinds = language_sites(vlm, sites, layers)
     if window < 1:
         raise InputError(f"window={window}: at least the layer itself is patched")

@@ -17,6 +17,7 @@ from interp.patching.cells import Cell, Direction, Experiment, language_sites, m
 from interp.patching.corruption import ENTRY, MeanOver, TokenNoise, run_once
 from interp.patching.heads import HEAD, head_axes, head_cells
 from interp.patching.metric import MetricFunction, name_of
+from interp.patching.options import check_options
 from interp.patching.result import PatchingResult
 from interp.patching.tokens import layouts_of
 
@@ -56,6 +57,7 @@ def attribution(
     steps: int = 8,
     check: int = 24,
     seed: int = 0,
+    allow_no_effect: bool = False,
     **options: Any,
 ) -> PatchingResult:
     """Estimate what `activation` measures: the change of an activation times the metric's gradient there.
@@ -69,19 +71,22 @@ def attribution(
         check: cells that are also measured exactly, in one sweep: half of them those with the largest estimates, the
             others drawn at random. 0: none.
         seed: of the drawn cells and of the control.
+        allow_no_effect: do not raise where every estimate is that of no change.
         options: of `VLM.sweep`, for the check.
 
     Returns:
         As of `activation`, or of `interp.patching.heads.heads` where the site is ``"attn.hook_z"`` alone; values are
         the metric that the patched run is estimated to have. The control ``"random vector"`` is the estimate for a
-        change of the same norm in a random direction. ``about["agreement"]`` says how the check went.
+        change of the same norm in a random direction. ``about["agreement"]`` says how the check went; its rank
+        correlation is None where there is one cell or values do not vary.
 
     Raises:
-        InputError: as for `activation`; or a metric without a gradient.
+        InputError: as for `activation`; a metric without a gradient; or runs that agree wherever they are compared.
         NeverFiredError: the metric does not depend on a site at all.
 
     Source: Nanda 2023 (attribution patching); Hanna et al. 2024 (integrated gradients over inputs).
     """
+    check_options(options)
     kinds = language_sites(vlm, sites, layers)
     by_head = list(kinds) == [HEAD]
     if HEAD in kinds and not by_head:
@@ -112,6 +117,12 @@ def attribution(
         for kept, of_sites in zip((estimates, random), zip(*changes, strict=True), strict=True):
             kept.append(base.metric + rearrange(torch.stack(of_sites), _FLAT[by_head]))
     values = torch.stack(estimates).mean(dim=0)
+    if not allow_no_effect and torch.equal(values, experiment.base_metric.expand_as(values)):
+        raise InputError(
+            f"the estimates are that {name_of(metric)} does not change at all: clean and corrupt runs agree at "
+            f"{', '.join(experiment.names[:4])}, or nothing there reaches the metric; corrupt something that these "
+            "tokens see, or pass allow_no_effect=True"
+        )
     about = experiment.about(integrated=steps if integrated else 0, seed=seed, **grid_of(positions))
     if check:
         about |= _checked(experiment, cells, values, check, generator, options)
@@ -141,7 +152,11 @@ def agreement(estimate: PatchingResult, exact: PatchingResult) -> Agreement:
         raise InputError(
             f"the estimate has axes {estimate.sizes}, exact patching {exact.sizes}, or other names in them"
         )
-    return _compare(estimate.mean(normalised=False).flatten(), exact.mean(normalised=False).flatten())
+    means = (estimate.mean(normalised=False).flatten(), exact.mean(normalised=False).flatten())
+    ranks = _rank_correlation(*means)
+    if ranks is None:
+        raise InputError("estimates or exact values do not vary over the cells, so that they have no rank correlation")
+    return Agreement(ranks, float((means[0] - means[1]).abs().max()), len(means[0]))
 
 
 def _integrated(experiment: Experiment, sites: Sequence[str], draw: int, steps: int) -> dict[str, Tensor]:
@@ -216,16 +231,16 @@ def _checked(
     exact, _, plan = measure_cells(
         experiment, [cells[index] for index in chosen], control=False, allow_no_effect=True, **options
     )
-    found = _compare(estimates[chosen].mean(dim=-1), exact.mean(dim=-1))
+    means = (estimates[chosen].mean(dim=-1), exact.mean(dim=-1))
     return {
-        "agreement": {"rank correlation": found.rank_correlation, "cells": found.n_cells,
-                      "largest difference": found.largest_difference},
+        "agreement": {"rank correlation": _rank_correlation(*means), "cells": len(chosen),
+                      "largest difference": float((means[0] - means[1]).abs().max())},
         "plan": plan,
     }  # fmt: skip
 
 
-def _compare(estimates: Float[Tensor, " cell"], exact: Float[Tensor, " cell"]) -> Agreement:
-    if len(exact) < 2 or estimates.unique().numel() < 2 or exact.unique().numel() < 2:
-        raise InputError("estimates or exact values do not vary over the cells, so that they have no rank correlation")
-    ranks = float(pd.Series(estimates.numpy()).rank().corr(pd.Series(exact.numpy()).rank()))
-    return Agreement(ranks, float((estimates - exact).abs().max()), len(exact))
+def _rank_correlation(estimates: Float[Tensor, " cell"], exact: Float[Tensor, " cell"]) -> float | None:
+    """Spearman's; None where one side does not vary."""
+    if estimates.unique().numel() < 2 or exact.unique().numel() < 2:
+        return None
+    return float(pd.Series(estimates.numpy()).rank().corr(pd.Series(exact.numpy()).rank()))

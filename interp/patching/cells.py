@@ -11,7 +11,9 @@ from torch import Tensor
 from interp.edits import Edit, Replace
 from interp.errors import InputError
 from interp.patching.corruption import MeanOver, Run, TokenNoise, two_runs
+from interp.patching.guard import moves, no_patch_moves
 from interp.patching.metric import MetricFunction, measure, name_of
+from interp.patching.options import check_options
 from interp.patching.tokens import Aligned, align, as_groups, layouts_of, per_row
 from interp.sites import parse
 
@@ -138,10 +140,7 @@ def prepare(
     Raises:
         InputError: see `activation`.
     """
-    if direction not in ("denoise", "noise"):
-        raise InputError(
-            f"direction={direction!r}: give 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)"
-        )
+    check_direction(direction)
     groups = as_groups(positions, clean)
     other = clean if isinstance(corrupt, TokenNoise | MeanOver) else corrupt
     if not isinstance(other, Mapping):
@@ -158,6 +157,18 @@ def prepare(
     corrupt_metric = torch.stack([run.metric for run in runs]).mean(dim=0)
     explicit = positions is not None
     return Experiment(vlm, metric, direction, first.metric, corrupt_metric, sources, bases, aligned, explicit)
+
+
+def check_direction(direction: Direction) -> None:
+    """Refuse what is no direction of patches.
+
+    Raises:
+        InputError: other than ``"denoise"`` or ``"noise"``.
+    """
+    if direction not in ("denoise", "noise"):
+        raise InputError(
+            f"direction={direction!r}: give 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)"
+        )
 
 
 def language_sites(vlm: Any, leaves: Sequence[str], layers: Sequence[int] | None = None) -> dict[str, dict[int, str]]:
@@ -221,6 +232,7 @@ def measure_cells(
         InputError: no cells; or, unless allowed, runs that agree at a group that the caller named, or everywhere, or
             patches none of which moves the metric.
     """
+    check_options(options)
     if not cells:
         raise InputError("there is nothing to patch: no cells")
     generator = torch.Generator().manual_seed(seed)
@@ -245,15 +257,33 @@ def measure_cells(
         kept = values.mean(dim=1)
         return kept[0], kept[1] if control else None, "no patch changes anything, so nothing ran"
     measured, plan = measure(experiment.vlm, experiment.inputs, variants, experiment.metric, **options)
-    kind, draws, indexes = torch.tensor(places).T
-    values[kind, draws, indexes] = measured
+    values[tuple(torch.tensor(places).T)] = measured
     kept = values.mean(dim=1)
-    if not allow_no_effect and torch.equal(values[0], base[:, None].expand_as(values[0])):
-        raise InputError(
-            f"none of the {len(cells)} patches moves {name_of(experiment.metric)} by anything: what they patch does "
-            "not reach the last token (allow_no_effect=True returns the values as they are)"
-        )
+    real = [i for i, (kind, _, _) in enumerate(places) if kind == 0]
+    if not allow_no_effect and not moves_any(experiment, [variants[i] for i in real], measured[real],
+                                             [places[i][1] for i in real]):  # fmt: skip
+        raise no_patch_moves(len(cells), experiment.metric)
     return kept[0], kept[1] if control else None, plan
+
+
+def moves_any(
+    experiment: Experiment,
+    variants: Sequence[Sequence[Edit]],
+    values: Float[Tensor, "variant example"],
+    draws: Sequence[int],
+) -> bool:
+    """Whether any variant moves the metric away from the base run of its draw.
+
+    Args:
+        experiment: the two runs.
+        variants: for each variant its edits, those of its base run first.
+        values: the metric of each.
+        draws: which base run each belongs to.
+    """
+    runs = [experiment.bases[draw] for draw in draws]
+    base = torch.stack([run.metric for run in runs])
+    own = [run.edits for run in runs]
+    return moves(experiment.vlm, experiment.inputs, variants, values, base, experiment.metric, own)
 
 
 def _refuse_idle(experiment: Experiment, cells: Sequence[Cell], busy: set[int]) -> None:

@@ -6,7 +6,7 @@ the finished image is measured.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -64,7 +64,7 @@ def diffusion(
     steps: int = 20,
     starts: Sequence[int] | None = None,
     window: int = 1,
-    half: Literal["both", "cond"] = "both",
+    half: str = "both",
     guidance_scale: float = 7.5,
     convention: str | Convention = "diffusers",
     size: Size = None,
@@ -92,14 +92,15 @@ def diffusion(
         steps: of both runs.
         starts: first steps of the windows, 0 being the noisiest; None: every multiple of ``window``.
         window: steps that are patched together.
-        half: of guidance; ``"cond"`` leaves the unconditional half alone.
+        half: of guidance: ``"both"``, or ``"cond"`` or ``"uncond"`` alone.
         guidance_scale: of both runs; without guidance (1 or less) there is one half only.
         convention: see `Diffusion.generate`.
         size: of the images; None: what the model was trained for.
         control: also move each activation as far in a random direction.
         seed: of those directions.
         max_rows: images in one generation.
-        allow_no_effect: take variants in which both runs compute the same, such as sites before the text at step 0.
+        allow_no_effect: take variants in which both runs compute the same, such as sites before the text at step 0, and
+            a metric that is the same for both runs or that no patch moves.
         progress: show bars.
 
     Returns:
@@ -108,7 +109,7 @@ def diffusion(
 
     Raises:
         InputError: unequal numbers of prompts and seeds, runs that are the same, no sites, steps that the run does not
-            have, or a variant without effect.
+            have, a half of guidance that it does not have, a variant without effect, or a metric that nothing moves.
         UnknownNameError, SiteUnavailableError: sites that the model lacks.
         ShapeError: a metric that gives other than one number for each example.
     """
@@ -120,7 +121,11 @@ def diffusion(
     windows = _windows(steps, window, starts)
     kept = sorted({step for span in windows.values() for step in span})
     guided = guidance_scale > 1 and not sd.adapter.embeds_guidance
-    halves = ("cond", "uncond") if guided and half == "both" else ("cond",)
+    if half not in ("both", "cond", "uncond"):
+        raise InputError(f"half={half!r}: give 'both', 'cond' or 'uncond'")
+    if half == "uncond" and not guided:
+        raise InputError("half='uncond': a run without guidance has no unconditional half")
+    halves = {"both": ("cond", "uncond") if guided else ("cond",)}.get(half, (half,))
 
     def generate(side: int, copies: int = 1, **options: Any) -> Trajectory:
         return sd.generate(
@@ -135,9 +140,15 @@ def diffusion(
         )
 
     wanted = sorted({site for group in groups.values() for site in group})
-    captured: dict[str, Any] = {"capture": wanted, "save_steps": kept, "half": "both" if len(halves) > 1 else "cond"}
+    captured: dict[str, Any] = {"capture": wanted, "save_steps": kept, "half": "both" if "uncond" in halves else "cond"}
     donor, own = generate(0, **captured), generate(1, **captured)
     measure = measured(metric, donor.pixels.float().cpu(), own.pixels.float().cpu())
+    ends = [measure(run.pixels) for run in (donor, own)]
+    if not allow_no_effect and torch.equal(*ends):
+        raise InputError(
+            f"the metric is the same {title(metric)} for the images of both runs, so that there is nothing to find: "
+            "corrupt more, or allow it with allow_no_effect=True"
+        )
     variants = []
     for label, group in groups.items():
         for span in windows.values():
@@ -164,14 +175,20 @@ def diffusion(
         chunk = variants[start : start + per_run]
         edits = [patch.edit(index * n) for index, patches in enumerate(chunk) for patch in patches]
         found += [measure(part) for part in generate(1, len(chunk), edits=edits).pixels.split(n)]
+    if not allow_no_effect and torch.equal(torch.stack(found[: len(groups) * len(windows)]),
+                                           ends[1].expand(len(groups) * len(windows), -1)):  # fmt: skip
+        raise InputError(
+            f"none of the {len(groups) * len(windows)} patches moves {title(metric)} by anything; allow it with "
+            "allow_no_effect=True"
+        )
     table = torch.stack(found).reshape(1 + control, len(groups), len(windows), n)
     return PatchingResult(
         name="diffusion patching",
         metric=title(metric),
         values=table[0],
         axes={"site": tuple(groups), "step": tuple(windows)},
-        clean=measure(donor.pixels),
-        corrupt=measure(own.pixels),
+        clean=ends[0],
+        corrupt=ends[1],
         controls={"random vector": table[1]} if control else {},
         about={
             "model": sd.name,

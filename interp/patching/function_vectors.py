@@ -23,6 +23,7 @@ from interp.models.vlm import VLM
 from interp.patching.head_vectors import SITE, HeadOutputs, check_heads, layout, random_heads
 from interp.patching.heads import Head
 from interp.patching.metric import MetricFunction, name_of
+from interp.patching.options import check_draws
 from interp.patching.result import PatchingResult
 from interp.patching.variants import measure_variants
 from interp.saved_files import check_saved, saved_files
@@ -122,7 +123,7 @@ def head_contributions(vlm: VLM, outputs: HeadOutputs) -> Float[Tensor, "layer h
     return torch.stack(found)
 
 
-def function_vector(vlm: VLM, outputs: HeadOutputs, heads: Sequence[Head], **about: Any) -> FunctionVector:
+def function_vector(vlm: VLM, outputs: HeadOutputs, heads: Sequence[Sequence[int]], **about: Any) -> FunctionVector:
     """The sum of what some heads write, by their mean outputs.
 
     Args:
@@ -137,17 +138,17 @@ def function_vector(vlm: VLM, outputs: HeadOutputs, heads: Sequence[Head], **abo
 
     Source: Todd et al. 2024, equation 5.
     """
-    check_heads(heads, *outputs.shape[:2])
+    chosen = check_heads(heads, *outputs.shape[:2])
     written = head_contributions(vlm, outputs)
-    total = torch.stack([written[layer, head] for layer, head in heads]).sum(dim=0)
-    return FunctionVector(total, tuple(heads), {"model": vlm.name, **about})
+    total = torch.stack([written[head] for head in chosen]).sum(dim=0)
+    return FunctionVector(total, tuple(chosen), {"model": vlm.name, **about})
 
 
 def add_by_layer(
     vlm: VLM,
     inputs: Mapping[str, Any],
     outputs: HeadOutputs,
-    heads: Sequence[Head],
+    heads: Sequence[Sequence[int]],
     metric: MetricFunction,
     *,
     layers: Sequence[int] | None = None,
@@ -189,15 +190,16 @@ def add_by_layer(
     chosen = list(range(vlm.n_layers)) if layers is None else list(layers)
     if not chosen or not all(0 <= layer < vlm.n_layers for layer in chosen):
         raise InputError(f"layers {chosen}: {vlm.name} has layers 0 to {vlm.n_layers - 1}")
-    check_heads(heads, *outputs.shape[:2])
+    check_draws(n_controls=n_controls)
+    summing = check_heads(heads, *outputs.shape[:2])
     written = head_contributions(vlm, outputs)
 
     def summed(some: Sequence[Head]) -> Vector:
         return torch.stack([written[head] for head in some]).sum(dim=0)
 
     generator = torch.Generator().manual_seed(seed)
-    vector = summed(heads)
-    others = [random_heads(len(written), written.shape[1], len(heads), generator) for _ in range(n_controls)]
+    vector = summed(summing)
+    others = [random_heads(len(written), written.shape[1], len(summing), generator) for _ in range(n_controls)]
     noise = torch.randn(n_controls, len(vector), generator=generator)
     noise = noise / noise.norm(dim=-1, keepdim=True) * vector.norm()
     vectors = [vector, *(summed(one) for one in others), *noise]
@@ -215,7 +217,7 @@ def add_by_layer(
         controls=controls if n_controls else {},
         about={
             "model": vlm.name,
-            "heads": [list(head) for head in heads],
+            "heads": [list(head) for head in summing],
             "scale": scale,
             "norm": float(vector.norm()),
             "seed": seed,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import InputError, ShapeError
-from interp.patching.heads import Head
+from interp.patching.heads import as_heads
 
 
 class Correlation(NamedTuple):
@@ -59,11 +59,11 @@ class Overlap(NamedTuple):
     p: float
 
 
-def overlap(a: Sequence[Head], b: Sequence[Head], n_total: int) -> Overlap:
+def overlap(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], n_total: int) -> Overlap:
     """How far two sets of heads overlap, against sets of the same sizes drawn at random.
 
     Args:
-        a, b: the sets.
+        a, b: the sets, of (layer, head).
         n_total: heads that could have been chosen, such as ``n_layers * n_heads``.
 
     Returns:
@@ -72,12 +72,13 @@ def overlap(a: Sequence[Head], b: Sequence[Head], n_total: int) -> Overlap:
     Raises:
         InputError: a head twice in a set, or more heads than there are.
     """
-    for one in (a, b):
+    first, second = as_heads(a), as_heads(b)
+    for one in (first, second):
         if len(set(one)) < len(one) or not 1 <= len(one) <= n_total:
             raise InputError(f"{len(one)} heads of {n_total}, {len(one) - len(set(one))} of them twice")
-    union = len(set(a) | set(b))
+    union = len(set(first) | set(second))
     if union > n_total:
         raise InputError(f"the sets have {union} different heads, more than the {n_total} there are")
-    shared, n_a, n_b = len(set(a) & set(b)), len(a), len(b)
+    shared, n_a, n_b = len(set(first) & set(second)), len(first), len(second)
     ways = sum(math.comb(n_a, k) * math.comb(n_total - n_a, n_b - k) for k in range(shared, min(n_a, n_b) + 1))
     return Overlap(shared, n_a * n_b / n_total, shared / union, float(Fraction(ways, math.comb(n_total, n_b))))

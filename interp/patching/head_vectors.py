@@ -11,8 +11,9 @@ from interp.edits import Edit, Replace
 from interp.errors import InputError, ShapeError
 from interp.inputs import PromptLike
 from interp.models.vlm import VLM
-from interp.patching.heads import HEAD, Head
+from interp.patching.heads import HEAD, Head, as_heads
 from interp.patching.metric import MetricFunction, name_of
+from interp.patching.options import check_draws
 from interp.patching.result import PatchingResult
 from interp.patching.variants import measure_variants
 from interp.where import When
@@ -70,22 +71,27 @@ def layout(vlm: VLM) -> tuple[int, int, int]:
     return vlm.n_layers, int(n_heads or 0), int(d_head or 0)
 
 
-def check_heads(heads: Sequence[Head], n_layers: int, n_heads: int) -> None:
+def check_heads(heads: Sequence[Sequence[int]], n_layers: int, n_heads: int) -> list[Head]:
     """Refuse a set with no head, with one twice, or with one that does not exist.
+
+    Returns:
+        The heads as (layer, head).
 
     Raises:
         InputError: such a set.
     """
     if not heads:
         raise InputError("a set of heads needs at least one")
+    heads = as_heads(heads)
     wrong = [head for head in heads if not (0 <= head[0] < n_layers and 0 <= head[1] < n_heads)]
     if wrong or len(set(heads)) < len(heads):
         what = f"{wrong[0]} does not exist" if wrong else "a head occurs twice"
-        raise InputError(f"heads {list(heads)}: {what}; there are {n_layers} layers of {n_heads} heads")
+        raise InputError(f"heads {heads}: {what}; there are {n_layers} layers of {n_heads} heads")
+    return heads
 
 
 def replace_heads(
-    outputs: HeadOutputs, heads: Sequence[Head], *, at: Any = "last", when: When = "prefill"
+    outputs: HeadOutputs, heads: Sequence[Sequence[int]], *, at: Any = "last", when: When = "prefill"
 ) -> list[Edit]:
     """The edits that put outputs in place of what heads give at one token.
 
@@ -103,9 +109,8 @@ def replace_heads(
 
     Source: Huang et al. 2024 (multimodal task vectors: replace chosen heads at the last token of every step).
     """
-    check_heads(heads, *outputs.shape[:2])
     by_layer: dict[int, list[int]] = {}
-    for layer, head in sorted(heads):
+    for layer, head in sorted(check_heads(heads, *outputs.shape[:2])):
         by_layer.setdefault(layer, []).append(head)
     return [
         Replace(SITE.format(layer=layer), outputs[layer, chosen], heads=chosen, at=at, when=when)
@@ -146,7 +151,7 @@ def random_heads(n_layers: int, n_heads: int, k: int, generator: torch.Generator
 def put_heads(
     vlm: VLM,
     inputs: Mapping[str, Any],
-    heads: Mapping[str, Sequence[Head]],
+    heads: Mapping[str, Sequence[Sequence[int]]],
     outputs: Mapping[str, HeadOutputs],
     metric: MetricFunction,
     *,
@@ -179,6 +184,7 @@ def put_heads(
         InputError: no sets or outputs, bad heads, or a metric that gives NaN.
         ShapeError: outputs of another shape than the model's heads.
     """
+    check_draws(n_controls=n_controls)
     n_layers, n_heads, d_head = layout(vlm)
     if not heads or not outputs:
         raise InputError("give at least one set of heads and one set of outputs")
@@ -188,7 +194,7 @@ def put_heads(
                 f"outputs {label!r} of shape {tuple(values.shape)}: expected {(n_layers, n_heads, d_head)}"
             )
     generator = torch.Generator().manual_seed(seed)
-    sets = [tuple(one) for one in heads.values()]
+    sets: list[Sequence[Head]] = [check_heads(one, n_layers, n_heads) for one in heads.values()]
     for _ in range(n_controls):
         sets += [random_heads(n_layers, n_heads, len(one), generator) for one in heads.values()]
     edits = [replace_heads(values, one, at=at) for one in sets for values in outputs.values()]

@@ -1,6 +1,8 @@
 """Attention heads: what each one's output carries, which sets suffice and are needed, and in which tower."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +13,23 @@ from torch import Tensor
 from interp.edits import Edit, Replace
 from interp.errors import InputError
 from interp.patching.activation import grid_of
-from interp.patching.cells import Cell, Direction, Experiment, language_sites, measure_cells, prepare, random_like
+from interp.patching.cells import (
+    Cell,
+    Direction,
+    Experiment,
+    check_direction,
+    language_sites,
+    measure_cells,
+    moves_any,
+    prepare,
+    random_like,
+)
 from interp.patching.corruption import MeanOver, TokenNoise, two_runs
+from interp.patching.guard import moves, no_patch_moves
 from interp.patching.metric import MetricFunction, measure, name_of
+from interp.patching.options import check_draws, check_options
 from interp.patching.result import PatchingResult
-from interp.patching.tokens import layouts_of
+from interp.patching.tokens import as_groups, layouts_of
 
 HEAD = "attn.hook_z"
 Head = tuple[int, int]
@@ -52,6 +66,7 @@ def heads(
 
     Source: Wang et al. 2022, section 3.
     """
+    check_options(options)
     sites = language_sites(vlm, [HEAD], layers)[HEAD]
     experiment = prepare(vlm, clean, corrupt, metric, list(sites.values()), positions, direction)
     cells = head_cells(vlm, sites, len(experiment.groups))
@@ -76,18 +91,20 @@ def head_sets(
     clean: Mapping[str, Any],
     corrupt: Mapping[str, Any] | TokenNoise | MeanOver,
     metric: MetricFunction,
-    ranked: Sequence[Head],
+    ranked: Sequence[Sequence[int]],
     *,
     positions: Any = "last",
     sizes: Sequence[int] | None = None,
     draws: int = 10,
     seed: int = 0,
+    allow_no_effect: bool = False,
     **options: Any,
 ) -> PatchingResult:
     """How far a growing set of heads suffices and is needed, against random sets of the same size.
 
     Args:
-        vlm, clean, corrupt, metric, options: as for `interp.patching.activation.activation`.
+        vlm, clean, corrupt, metric, allow_no_effect, options: as for `interp.patching.activation.activation`; each
+            test keeps what is done in a folder of its own in ``folder``.
         ranked: heads as (layer, head), the most important first, such as `top_heads` gives.
         positions: one token group, at which the heads are patched.
         sizes: of the sets; None: 1, 2, ... up to all that are ranked.
@@ -99,16 +116,23 @@ def head_sets(
         run) and ``size``; the control ``"random site"`` has an axis of draws before them.
 
     Raises:
-        InputError: no heads, a head that the model does not have or that repeats, or a size that is not there.
+        InputError: no heads, a head that the model does not have or that repeats, a size that is not there or that
+            repeats, or ranked heads that move the metric in neither test.
     """
+    check_options(options)
+    check_draws(draws=draws)
+    ranked = as_heads(ranked)
     sites = language_sites(vlm, [HEAD])[HEAD]
     everywhere = [(layer, head) for layer, site in sites.items() for head in range(_n_heads(vlm, site))]
-    wrong = [head for head in ranked if tuple(head) not in everywhere]
+    wrong = [head for head in ranked if head not in everywhere]
     if not ranked or wrong or len(set(ranked)) < len(ranked):
         raise InputError(f"ranked={list(ranked)}: give heads (layer, head) that the model has, each once")
     wanted = list(range(1, len(ranked) + 1)) if sizes is None else list(sizes)
-    if not wanted or min(wanted) < 1 or max(wanted) > len(ranked):
-        raise InputError(f"sizes={wanted}: there are {len(ranked)} ranked heads")
+    if not wanted or min(wanted) < 1 or max(wanted) > len(ranked) or len(set(wanted)) < len(wanted):
+        raise InputError(f"sizes={wanted}: there are {len(ranked)} ranked heads; give some sizes up to that, each once")
+    n_groups = len(as_groups(positions, clean))
+    if n_groups > 1:
+        raise InputError(f"head sets are patched at one group of tokens, not at {n_groups}")
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(everywhere), generator=generator).tolist() for _ in range(draws)]
     sets = [list(ranked[:size]) for size in wanted]
@@ -118,9 +142,14 @@ def head_sets(
         prepare(vlm, clean, corrupt, metric, list(sites.values()), positions, direction) for direction in tests.values()
     ]
     experiment = experiments[0]
-    if len(experiment.groups) > 1:
-        raise InputError(f"head sets are patched at one group of tokens, not at {len(experiment.groups)}")
-    by_test, plans = zip(*(_measure_sets(one, sets, sites, options) for one in experiments), strict=True)
+    found = []
+    for test, one in zip(tests, experiments, strict=True):
+        # Two sweeps cannot share a folder.
+        own = options | ({"folder": Path(options["folder"]) / test} if options.get("folder") else {})
+        found.append(_measure_sets(one, sets, len(wanted), sites, own))
+    by_test, plans, moved = zip(*found, strict=True)
+    if not allow_no_effect and not any(moved):
+        raise no_patch_moves(len(tests) * len(wanted), metric)
     values = torch.stack(by_test)
     return PatchingResult(
         "head sets",
@@ -132,7 +161,7 @@ def head_sets(
         {"random site": rearrange(values[:, len(wanted) :], "test (draw size) example -> draw test size example",
                                   draw=draws)} if draws else {},
         experiment.about(plan="; ".join(plans), seed=seed, ranked=[list(head) for head in ranked])
-        | {"direction": "both"},
+        | {"direction": "both", "directions": tests},
     )  # fmt: skip
 
 
@@ -145,13 +174,14 @@ def by_tower(
     direction: Direction = "denoise",
     control: bool = True,
     seed: int = 0,
+    allow_no_effect: bool = False,
     **options: Any,
 ) -> PatchingResult:
     """Patch all heads of one tower together, layer by layer and in all layers, at all of their tokens.
 
     Args:
-        vlm, clean, corrupt, metric, options: as for `interp.patching.activation.activation`; clean and corrupt prompts
-            must be equally long and have equally many images.
+        vlm, clean, corrupt, metric, allow_no_effect, options: as for `interp.patching.activation.activation`; clean
+            and corrupt prompts must be equally long and have equally many images.
         direction: as there.
         control: also patch random vectors of matched norm.
         seed: of the random vectors.
@@ -161,12 +191,21 @@ def by_tower(
         ``"vision 0"``, ...; a tower's name alone stands for all of its layers. The control is ``"random vector"``.
 
     Raises:
-        InputError: prompts of different lengths or with different images, or runs that agree everywhere.
+        InputError: prompts of different lengths or with different images, runs that agree everywhere, or patches that
+            move nothing.
     """
+    check_options(options)
+    check_direction(direction)
     if not isinstance(corrupt, Mapping):
         raise InputError("heads of the vision tower see no noise on tokens: corrupt= must be inputs")
     towers = {"text": "blocks.*." + HEAD} | ({"vision": "vision.blocks.*." + HEAD} if vlm.has_vision else {})
-    if vlm.has_vision and "pixel_values" not in clean:
+    pictures = ["pixel_values" in inputs for inputs in (clean, corrupt)]
+    if pictures[0] != pictures[1]:
+        raise InputError(
+            f"{'clean=' if pictures[1] else 'corrupt='} has no pixel_values, the other inputs have: the heads of a "
+            "tower are patched image by image"
+        )
+    if vlm.has_vision and not pictures[0]:
         del towers["vision"]
     # Blocks of the vision tower that the language model does not read can carry nothing.
     layers = {
@@ -195,6 +234,10 @@ def by_tower(
     values = base.metric.expand(1 + control, len(groups), -1).clone()
     measured, plan = measure(vlm, base.inputs, variants, metric, **options)
     values[tuple(torch.tensor(places).T)] = measured
+    real = [index for index, (kind, _) in enumerate(places) if kind == 0]
+    if not allow_no_effect and not moves(vlm, base.inputs, [variants[index] for index in real], measured[real],
+                                         base.metric.expand(len(real), -1), metric):  # fmt: skip
+        raise no_patch_moves(len(real), metric)
     about = {"model": vlm.name, "direction": direction, "metric": name_of(metric), "plan": plan, "seed": seed}
     controls = {"random vector": values[1]} if control else {}
     axes = {"group": tuple(groups)}
@@ -239,12 +282,11 @@ def effect(result: PatchingResult, *, normalised: bool = True) -> Float[Tensor, 
         InputError: no baselines or direction.
     """
     if result.clean is None or result.corrupt is None or result.about.get("direction") not in ("denoise", "noise"):
-        raise InputError(f"{result.name}: effects need both baselines and the direction of the patches")
-    denoise = result.about["direction"] == "denoise"
-    if normalised:
-        scaled = result.normalised()
-        return scaled if denoise else 1 - scaled
-    return result.values - result.corrupt if denoise else result.clean - result.values
+        raise InputError(
+            f"{result.name}: effects need both baselines and the direction of the patches, as patching.heads gives "
+            "them; of patching.mediation, strongest_heads(indirect_effects(result), k) gives the heads"
+        )
+    return result.effects(normalised)
 
 
 def head_cells(vlm: Any, sites: Mapping[int, str], n_groups: int) -> list[Cell]:
@@ -272,10 +314,29 @@ def _n_heads(vlm: Any, site: str) -> int:
     return int(vlm.place(site).n_heads)
 
 
+def as_heads(heads: Sequence[Any]) -> list[Head]:
+    """Heads as (layer, head), also from the lists that files of them hold.
+
+    Raises:
+        InputError: something that is no pair of integers.
+    """
+    found: list[Head] = []
+    for head in heads:
+        pair = tuple(head) if isinstance(head, list | tuple) else (head,)
+        if len(pair) != 2 or not all(isinstance(part, Integral) for part in pair):
+            raise InputError(f"{head!r} is no head: give (layer, head)")
+        found.append((int(pair[0]), int(pair[1])))
+    return found
+
+
 def _measure_sets(
-    experiment: Experiment, sets: Sequence[Sequence[Head]], sites: Mapping[int, str], options: Mapping[str, Any]
-) -> tuple[Float[Tensor, "set example"], str]:
-    """The metric of each set of heads, the mean over draws of the corruption."""
+    experiment: Experiment,
+    sets: Sequence[Sequence[Head]],
+    n_real: int,
+    sites: Mapping[int, str],
+    options: Mapping[str, Any],
+) -> tuple[Float[Tensor, "set example"], str, bool]:
+    """The metric of each set of heads, the mean over draws of the corruption; and whether the first ones move it."""
     base = torch.stack([run.metric for run in experiment.bases])
     values = base[:, None].repeat(1, len(sets), 1)
     variants, places = [], []
@@ -291,7 +352,9 @@ def _measure_sets(
         )
     measured, plan = measure(experiment.vlm, experiment.inputs, variants, experiment.metric, **options)
     values[tuple(torch.tensor(places).T)] = measured
-    return values.mean(dim=0), plan
+    real = [i for i, (_, index) in enumerate(places) if index < n_real]
+    moved = moves_any(experiment, [variants[i] for i in real], measured[real], [places[i][0] for i in real])
+    return values.mean(dim=0), plan, moved
 
 
 def _whole(site: str, new: Tensor, old: Tensor, generator: torch.Generator | None) -> list[Edit]:

@@ -18,6 +18,7 @@ from interp.edits import Edit
 from interp.errors import InputError, ShapeError
 from interp.models.vlm import VLM
 from interp.patching.metric import MetricFunction, name_of
+from interp.patching.options import check_draws
 from interp.patching.result import PatchingResult
 from interp.patching.tokens import TokenGroup, layouts_of, per_row
 from interp.patching.variants import measure_variants
@@ -99,7 +100,7 @@ def token_sets(inputs: Mapping[str, Any], group: Any, groups: Mapping[str, Any] 
         UnknownNameError: a row has no segment of that name.
         InputError: no ``input_ids``, or a group that is empty in some row.
     """
-    if not isinstance(inputs.get("input_ids"), Tensor):
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
         raise InputError("the inputs have no input_ids, so their tokens cannot be grouped")
     if isinstance(group, str) and group in (groups or {}):
         return token_sets(inputs, (groups or {})[group])
@@ -214,6 +215,7 @@ def knockout(
             have, or a metric that gives NaN.
         UnknownNameError: a group that a prompt lacks.
     """
+    check_draws(n_controls=n_controls)
     if not edges:
         raise InputError("knockout needs at least one edge, such as 'image -> last'")
     chosen = windows_of(vlm.n_layers, window, layers) if windows is None else dict(windows)

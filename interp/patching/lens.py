@@ -69,7 +69,7 @@ def lens(
         Probabilities, axes ``phase`` and ``layer``. Control ``"random vector"``.
 
     Raises:
-        InputError: no phases, or a position that is several tokens.
+        InputError: no phases, a position that is several tokens, or a token that the vocabulary lacks.
         ShapeError: another number of tokens than of examples.
 
     Source: Luo et al. 2025, figure on the phases of the answer token.

@@ -14,7 +14,9 @@ from interp.edits import Replace
 from interp.errors import InputError
 from interp.models.vlm import VLM
 from interp.patching.metric import Answers, logit_difference, measure
+from interp.patching.options import check_draws
 from interp.patching.result import PatchingResult
+from interp.patching.tokens import followed
 from interp.patching.variants import measure_variants
 from interp.task_vectors import SITE, TaskVectors, random_like
 
@@ -46,7 +48,7 @@ def override(
         at: the token.
         reference: prompts that ask for the vector's task themselves; the scale's 1.
         n_controls: random vectors of the same norms, layer by layer.
-        seed: of their draws.
+        seed: of their draws; every named vector has random ones of its own.
         allow_no_effect: take variants of which none changes the metric.
         options: of `VLM.sweep`, such as ``max_rows``.
 
@@ -59,14 +61,15 @@ def override(
             their first token.
         ShapeError: vectors of another model's shape.
     """
+    check_draws(n_controls=n_controls)
     named = {"task vector": vectors} if isinstance(vectors, TaskVectors) else dict(vectors)
     chosen = list(range(vlm.n_layers)) if layers is None else list(layers)
     if not named or not chosen or not all(0 <= layer < vlm.n_layers for layer in chosen):
         raise InputError(f"{len(named)} task vectors at layers {chosen} of 0 to {vlm.n_layers - 1}")
-    difference = logit_difference(vlm, wanted, asked, inputs=inputs)
+    difference = logit_difference(vlm, wanted, asked, inputs=followed(inputs, wanted, asked))
     patched = [one.at(layer) for one in _checked(named, vlm) for layer in chosen]
     for draw in range(n_controls):
-        noise = [random_like(one, seed=seed + draw) for one in named.values()]
+        noise = [random_like(one, seed=seed + draw * len(named) + k) for k, one in enumerate(named.values())]
         patched += [one.at(layer) for one in noise for layer in chosen]
     layer_of = [layer for _ in range((1 + n_controls) * len(named)) for layer in chosen]
     variants = [Replace(SITE.format(layer=layer), one, at=at) for layer, one in zip(layer_of, patched, strict=True)]

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from interp.edits import Edit, Replace
 from interp.errors import InputError
-from interp.patching.cells import Direction, Experiment, prepare, random_like
+from interp.patching.cells import Direction, Experiment, moves_any, prepare, random_like
 from interp.patching.corruption import MeanOver, TokenNoise
 from interp.patching.direct import INPUTS, Hearing, check_residual, written
-from interp.patching.heads import HEAD, Head
+from interp.patching.guard import no_patch_moves
+from interp.patching.heads import HEAD, Head, as_heads
 from interp.patching.metric import MetricFunction, measure, name_of
+from interp.patching.options import check_options
 from interp.patching.result import PatchingResult
 from interp.patching.tokens import layouts_of, per_row
 
@@ -24,8 +26,8 @@ def path(
     corrupt: Mapping[str, Any] | TokenNoise | MeanOver,
     metric: MetricFunction,
     *,
-    receivers: Sequence[Head] | str,
-    senders: Sequence[Head] | None = None,
+    receivers: Sequence[Sequence[int]] | str,
+    senders: Sequence[Sequence[int]] | None = None,
     through: Sequence[str] = ("q", "k", "v"),
     positions: Any = "all",
     direction: Direction = "noise",
@@ -65,6 +67,7 @@ def path(
 
     Source: Wang et al. 2022, section 3.1 and appendix (path patching); Goldowsky-Dill et al. 2023.
     """
+    check_options(options)
     to_logits = receivers == "logits"
     if not receivers or (isinstance(receivers, str) and not to_logits):
         raise InputError(f"receivers={receivers!r}: give heads as (layer, head), or 'logits'")
@@ -109,6 +112,10 @@ def path(
     if variants:
         measured, plan = measure(vlm, experiment.inputs, variants, metric, **options)
         values[tuple(torch.tensor(places).T)] = measured
+        real = [index for index, (kind, *_) in enumerate(places) if kind == 0]
+        if not allow_no_effect and not moves_any(experiment, [variants[index] for index in real], measured[real],
+                                                 [0] * len(real)):  # fmt: skip
+            raise no_patch_moves(len(real), metric)
     elif not allow_no_effect:
         raise InputError("no sender differs between the two runs at these tokens, so that no path carries anything")
     return PatchingResult(
@@ -247,7 +254,7 @@ def _all_heads(vlm: Any, depth: int) -> list[Head]:
 
 def _head(vlm: Any, head: Any) -> Head:
     """A head that the model has."""
-    pair = tuple(head) if isinstance(head, list | tuple) else (head,)
+    (pair,) = as_heads([head])
     known = _all_heads(vlm, vlm.n_layers)
     if pair not in known:
         raise InputError(f"{head!r} is no head: give (layer, head), from {known[0]} to {known[-1]}")

@@ -22,6 +22,7 @@ from interp.patching.head_vectors import HeadOutputs, layout, random_heads, repl
 from interp.patching.heads import Head
 from interp.patching.metric import Answers, log_probability, measure
 from interp.patching.result import PatchingResult
+from interp.patching.tokens import followed
 from interp.progress import track
 
 # Where every head's logit starts; the chance of a head is then 0.27.
@@ -106,7 +107,7 @@ def reinforce_heads(
     n_layers, n_heads, d_head = layout(vlm)
     if tuple(outputs.shape) != (n_layers, n_heads, d_head):
         raise ShapeError(f"outputs of shape {tuple(outputs.shape)}: {vlm.name} has {(n_layers, n_heads, d_head)}")
-    wanted = log_probability(vlm, answers, inputs=inputs).answers
+    wanted = log_probability(vlm, answers, inputs=followed(inputs, answers)).answers
     n_queries = len(inputs["input_ids"])
     if wanted.shape != (n_queries,):
         raise InputError(f"{wanted.numel()} answers for {n_queries} queries: give one token for each")

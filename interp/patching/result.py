@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -121,9 +121,48 @@ class PatchingResult:
         if same:
             raise InputError(
                 f"{self.name}: clean and corrupt have the same {self.metric} in example(s) {same}, so the corruption "
-                "took nothing away there; leave these examples out, or corrupt more"
+                "took nothing away there; leave these examples out, corrupt more, or take raw values (normalised=False)"
             )
         return ((self.values if values is None else values) - self.corrupt) / span
+
+    def unpatched(self, normalised: bool = True) -> Float[Tensor, "*axes example"] | None:
+        """What a patch that does nothing measures: the metric of the run that patches are put into.
+
+        Args:
+            normalised: on the scale of `normalised`, or of the raw metric.
+
+        Returns:
+            With the axes of ``values``, of size 1 where it does not vary; None where no run is known.
+        """
+        from_clean = self.from_clean()
+        if normalised:
+            return from_clean.to(self.values.dtype).expand(*from_clean.shape[:-1], self.n_examples)
+        ends = [end for end in (self.clean, self.corrupt) if end is not None]
+        return torch.where(from_clean, ends[0], ends[-1]) if ends else None
+
+    def effects(self, normalised: bool = True) -> Float[Tensor, "*axes example"]:
+        """How far each patch moves the metric from the unpatched run towards the other one.
+
+        Args:
+            normalised: 1 is all the way; otherwise in units of the metric.
+
+        Raises:
+            InputError: as of `normalised`; or no unpatched run.
+        """
+        base = self.unpatched(normalised)
+        if base is None:
+            raise InputError(f"{self.name}: effects need the metric of the unpatched run")
+        return torch.where(self.from_clean(), -1.0, 1.0) * (self._scaled(normalised) - base)
+
+    def from_clean(self) -> Bool[Tensor, "*axes one"]:
+        """Whether patches are put into the clean run, rather than into the corrupt one; of size 1 where alike."""
+        alone = self.corrupt is None and self.clean is not None
+        by_test = self.about.get("directions", {})
+        several = bool(by_test) and "test" in self.axes
+        tests = self.axes["test"] if several else (self.about.get("selected", {}).get("test"),)
+        said = [by_test.get(test, self.about.get("direction")) for test in tests]
+        shape = [len(tests) if several and axis == "test" else 1 for axis in self.axes]
+        return torch.tensor([one == "noise" or alone for one in said]).reshape(*shape, 1)
 
     def mean(self, normalised: bool = True) -> Float[Tensor, "*axes"]:
         """The mean over examples.
@@ -148,10 +187,12 @@ class PatchingResult:
             Mean, low and high, each with the axes of the result.
 
         Raises:
-            InputError: fewer than two examples, or a level outside 0 to 1.
+            InputError: fewer than two examples, no resamples, or a level outside 0 to 1.
         """
         if not 0 < level < 1:
             raise InputError(f"level={level}: give a share between 0 and 1, such as 0.95")
+        if n_resamples < 1:
+            raise InputError(f"n_resamples={n_resamples}: give one or more, such as 2000")
         if self.n_examples < 2:
             raise InputError(f"{self.name}: an interval over examples needs two or more, there is {self.n_examples}")
         values = self._scaled(normalised).double()
@@ -170,20 +211,30 @@ class PatchingResult:
         """Keep one name of some axes, which are dropped: ``result.select(site="hook_attn_out")``.
 
         Args:
-            names: for each axis its name or, as an integer, its place.
+            names: for each axis its name. An integer is a name too where all names of the axis are numbers, such as
+                layers, and a place elsewhere; below 0, it counts from the end.
+
+        Returns:
+            With what was selected in ``about["selected"]``.
 
         Raises:
             UnknownNameError: an axis or name that is not there.
         """
         index: list[Any] = [slice(None)] * len(self.axes)
+        selected = dict(self.about.get("selected", {}))
         for axis, name in names.items():
             if axis not in self.axes:
                 raise UnknownNameError(f"no axis {axis!r}: the axes are {', '.join(self.axes)}")
             known = self.axes[axis]
-            place = name if isinstance(name, int) else known.index(name) if name in known else None
-            if place is None or not -len(known) <= place < len(known):
+            numbers = all(one.isdigit() for one in known)
+            if str(name) in known:
+                place = known.index(str(name))
+            elif isinstance(name, int) and -len(known) <= name < (0 if numbers else len(known)):
+                place = name % len(known)
+            else:
                 raise UnknownNameError(f"axis {axis!r} has no {name!r}. {nearest(str(name), known)}".rstrip())
             index[list(self.axes).index(axis)] = place
+            selected[axis] = known[place]
         axes = {axis: known for axis, known in self.axes.items() if axis not in names}
 
         def cut(control: Tensor) -> Tensor:
@@ -194,7 +245,8 @@ class PatchingResult:
             return control[(slice(None),) * draws + tuple(own)]
 
         controls = {what: cut(control) for what, control in self.controls.items()}
-        return replace(self, values=self.values[tuple(index)], axes=axes, controls=controls)
+        about = self.about | {"selected": selected}
+        return replace(self, values=self.values[tuple(index)], axes=axes, controls=controls, about=about)
 
     def control(self, name: str, normalised: bool = True) -> Float[Tensor, "*axes"]:
         """A control's mean over draws and examples, with the axes of the result (1 where it does not vary).
@@ -214,49 +266,63 @@ class PatchingResult:
             values = values.mean(dim=0)
         return values.reshape((1,) * (self.values.ndim - values.ndim) + tuple(values.shape)).mean(dim=-1)
 
-    def to_dataframe(self, *, examples: bool = False, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    def to_dataframe(
+        self, *, examples: bool = False, normalised: bool | None = None, level: float = 0.95, seed: int = 0
+    ) -> pd.DataFrame:
         """A table with one row for each cell, or for each cell and example.
 
         Args:
             examples: one row for each example too.
+            normalised: also give values, and give intervals and controls, on the scale of `normalised`; None: where
+                there are baselines.
             level, seed: of the intervals.
 
         Returns:
-            The axes as columns; then ``value`` (raw) and, with baselines, ``normalised``. By cell these are means, with
-            ``low`` and ``high`` of the normalised value (of the raw one without baselines; missing with one example)
-            and a column for each control. By example, a column ``example``.
+            The axes as columns; then ``value`` (raw) and, where asked for, ``normalised``. By cell these are means,
+            with ``low`` and ``high`` of the normalised value (else of the raw one; missing with one example) and a
+            column for each control. By example, a column ``example``.
+
+        Raises:
+            InputError: normalised values without baselines, or with the same ones in some example.
         """
+        scale = self.has_baselines if normalised is None else normalised
         cells = [dict(zip(self.axes, names, strict=True)) for names in product(*self.axes.values())]
-        scaled = {"value": self.values} | ({"normalised": self.normalised()} if self.has_baselines else {})
+        scaled = {"value": self.values} | ({"normalised": self.normalised()} if scale else {})
         if examples:
             rows = [cell | {"example": index} for cell in cells for index in range(self.n_examples)]
             return pd.DataFrame(rows).assign(**{name: value.flatten().numpy() for name, value in scaled.items()})
         columns = {name: value.mean(dim=-1) for name, value in scaled.items()}
         missing = torch.full(self.values.shape[:-1], math.nan)
-        ends = self.interval(level, seed=seed, normalised=self.has_baselines) if self.n_examples > 1 else None
+        ends = self.interval(level, seed=seed, normalised=scale) if self.n_examples > 1 else None
         columns |= {"low": ends.low if ends else missing, "high": ends.high if ends else missing}
         for name in self.controls:
-            columns[_CONTROL + name] = self.control(name, self.has_baselines).expand(self.values.shape[:-1])
+            columns[_CONTROL + name] = self.control(name, scale).expand(self.values.shape[:-1])
         return pd.DataFrame(cells).assign(**{name: value.flatten().numpy() for name, value in columns.items()})
 
-    def plot(self, ax: Any = None, *, normalised: bool | None = None, **options: Any) -> Any:
+    def plot(self, ax: Any = None, *, normalised: bool | None = None, image: Any = None, **options: Any) -> Any:
         """Draw the means: one axis as a line with its interval, two as a map, three as maps beside each other.
+
+        In maps white is the unpatched run. Where patches go both ways, as in head sets, they show effects: how far each
+        moves the metric towards the other run.
 
         Args:
             ax: where to draw; a new figure without it.
             normalised: on the scale of `normalised`; where there are baselines, without it.
-            options: of `interp.figures.patching.effect_line` or `effect_map`.
+            image: the picture, or its file, whose patches the positions are (`interp.patching.tokens.image_patches`):
+                their values are drawn on it. Other axes must have one name, or be selected.
+            options: of `interp.figures.patching.effect_line`, `effect_map`, or `image_heat` with an image.
 
         Returns:
             The axes.
 
         Raises:
-            InputError: a result of no axis or of more than three: `select` some first.
+            InputError: a result of no axis or of more than three: `select` some first; or an image for positions that
+                are no grid of one.
         """
         # Drawing needs matplotlib, which measuring does not.
         from interp.figures.patching import draw
 
-        return draw(self, ax, self.has_baselines if normalised is None else normalised, **options)
+        return draw(self, ax, self.has_baselines if normalised is None else normalised, image, **options)
 
     def save(self, path: str | Path) -> None:
         """Write the tensors to ``path.safetensors`` and all else to ``path.json``.

@@ -1,6 +1,6 @@
 """Groups of tokens by meaning, and the same group in two prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -93,11 +93,23 @@ class Aligned:
 
 
 def layouts_of(inputs: Mapping[str, Any]) -> tuple[Layout, ...]:
-    """Where the tokens of each row are."""
+    """Where the tokens of each row are.
+
+    Raises:
+        InputError: what is no inputs, or has no token ids.
+    """
     if isinstance(inputs, Inputs):
         return inputs.layout
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), torch.Tensor):
+        what = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise InputError(f"inputs need input_ids, a tensor; they are {what}: vlm.prepare makes them of prompts")
     mask = inputs.get("attention_mask")
     return layouts_from_mask(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
+
+
+def followed(inputs: Mapping[str, Any], *answers: Iterable[Any]) -> Mapping[str, Any] | None:
+    """The inputs that answers as text follow; None where all are token ids, which need no prompt."""
+    return inputs if any(isinstance(answer, str) for several in answers for answer in several) else None
 
 
 def every_token(inputs: Mapping[str, Any]) -> tuple[TokenGroup, ...]:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from interp.edits import Edit, as_edits
 from interp.errors import InputError
+from interp.patching.guard import moves
 from interp.patching.metric import MetricFunction, measure, name_of
+from interp.patching.options import check_options
 
 
 class Measured(NamedTuple):
@@ -39,13 +41,16 @@ def measure_variants(
         options: of `VLM.sweep`.
 
     Raises:
-        InputError: no variants, a metric that gives NaN, or variants of which none changes it for any example.
+        InputError: no variants, options that a sweep does not have, a metric that gives NaN, or variants of which none
+            changes it for any example.
         ShapeError: a metric that gives other than one value for each example.
     """
+    check_options(options)
     if not variants:
         raise InputError("there are no variants to measure")
-    values, plan = measure(vlm, inputs, [[], *(as_edits(one) for one in variants)], metric, **options)
-    if not allow_no_effect and bool((values[1:] == values[0]).all()):
+    edits = [as_edits(one) for one in variants]
+    values, plan = measure(vlm, inputs, [[], *edits], metric, **options)
+    if not allow_no_effect and not moves(vlm, inputs, edits, values[1:], values[:1].expand_as(values[1:]), metric):
         raise InputError(
             f"none of {len(variants)} variants changes the {name_of(metric)} of any of {values.shape[1]} examples. "
             "Patch other sites or tokens, or allow it with allow_no_effect=True"

@@ -219,6 +219,15 @@ def test_override_conflict(tmp_path, vlm) -> None:
     assert given["value"].max() == 1 and given["control random vector"].mean() < 0.2
 
 
+@pytest.mark.parametrize("name", ["answer-phases", "override-conflict"])
+def test_one_prompt_has_no_interval_to_print(tmp_path, capsys, name) -> None:
+    made(name, tmp_path, prompts=1, shots=1)
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    column = rows[0].index("95 % interval")
+    assert len(rows) > 3 and not any("nan" in cell for row in rows for cell in row)
+    assert {row[column] for row in rows} == {"95 % interval", ""}
+
+
 def test_diffusion_patching(tmp_path) -> None:
     run = made("diffusion-patching", tmp_path)
     table, onwards = (run.load_table(name).set_index("what") for name in ("effects", "effects-from-step-on"))

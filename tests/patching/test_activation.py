@@ -240,6 +240,19 @@ def test_what_changes_nothing_is_refused_unless_allowed() -> None:
     assert result.mean()[:, :, 0].abs().max() == 0 and result.mean()[0, 0, 1] > 0.99
 
 
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_rounding_of_shared_work_is_no_effect(name) -> None:
+    vlm = tiny.vlm(name)
+    clean, corrupt = ((tiny.image_inputs((1, 1), text=3, seed=s) if name == "llava" else tiny.text_inputs((7, 7), s))
+                      for s in (1, 2))  # fmt: skip
+    measured = logit_difference(vlm, [11, 12], [13, 14])
+    cells = {"sites": ["hook_resid_post"], "layers": [3]}
+    with pytest.raises(InputError, match="does not reach the last token"):
+        activation(vlm, clean, corrupt, measured, positions=[-3], **cells)
+    # Small effects are effects: a millionth of the metric that the guard was given.
+    activation(vlm, clean, corrupt, lambda logits: 1e-6 * measured(logits), positions=[-1], **cells)
+
+
 def test_bad_input_is_refused_with_the_reason() -> None:
     vlm, llava = planted.induction(), tiny.vlm("llava")
     longer = planted.prompts([7, 3, 4, 8, 6, 3, 2], [6, 5, 7, 8, 9, 5, 2])

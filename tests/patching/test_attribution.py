@@ -106,3 +106,20 @@ def test_bad_input_is_refused() -> None:
         agreement(attribution(vlm, CLEAN, OTHER_ANSWER, measured, positions="last", check=0), exact)
     with pytest.raises(InputError, match="do not vary"):
         agreement(exact.select(site="hook_mlp_out"), exact.select(site="hook_mlp_out"))
+
+
+def test_one_cell_has_no_rank_correlation_but_an_estimate() -> None:
+    vlm = planted.induction()
+    given = {"sites": ["hook_resid_post"], "layers": [0], "positions": [PLACE]}
+    for settings in (given, {"check": 1}):
+        result = attribution(vlm, CLEAN, OTHER_ANSWER, metric(vlm), **settings)
+        assert result.about["agreement"]["rank correlation"] is None and result.about["agreement"]["cells"] == 1
+        assert (result.values - result.corrupt).abs().max() > 1
+
+
+def test_runs_that_agree_are_refused_unless_allowed() -> None:
+    vlm = planted.induction()
+    with pytest.raises(InputError, match="allow_no_effect=True"):
+        attribution(vlm, CLEAN, OTHER_ANSWER, metric(vlm), positions=[1])
+    allowed = attribution(vlm, CLEAN, OTHER_ANSWER, metric(vlm), positions=[1], allow_no_effect=True)
+    assert torch.equal(allowed.values[0, 0, 0], allowed.corrupt)

@@ -170,3 +170,40 @@ def test_compared_metrics_see_both_runs() -> None:
 def test_sites_that_do_not_run_at_every_step_are_refused() -> None:
     with pytest.raises(InputError, match="is in the text_encoder, which does not run at every step"):
         diffusion(model(), *PAIR, contrast, sites=["text_encoder.*.hook_mlp_out"], **settings())
+
+
+def test_the_unconditional_half_by_itself_and_typos() -> None:
+    sd = model()
+    sites = {"up": "up.0.hook_out"}
+    found = diffusion(
+        sd, *PAIR, contrast, sites=sites, seeds=0, corrupt_seeds=1, starts=[0], half="uncond", **settings()
+    )
+    run = {"steps": 3, "guidance_scale": 3.0, "progress": False}
+    donor = sd.generate([PAIR[0]], capture="up.0.hook_out", half="both", latents=noise(sd, [0]), **run)
+    edit = Replace("up.0.hook_out", donor.uncond["up.0.hook_out"][0], steps=[0], half="uncond")
+    want = contrast(sd.generate([PAIR[1]], edits=[edit], latents=noise(sd, [1]), **run).pixels)
+    torch.testing.assert_close(found.values[0, 0], want, atol=3e-4, rtol=0)
+    assert found.about["half"] == "uncond" and (want - found.corrupt).abs().max() > 2e-3
+    with pytest.raises(InputError, match=r"half='uncnd'.*'both', 'cond' or 'uncond'"):
+        diffusion(sd, *PAIR, contrast, sites=sites, half="uncnd", **settings())
+    with pytest.raises(InputError, match="without guidance"):
+        diffusion(sd, *PAIR, contrast, sites=sites, half="uncond", **settings(guidance_scale=1.0))
+
+
+def test_a_metric_that_nothing_moves_is_refused() -> None:
+    sd = model()
+
+    def constant(images):
+        return images.new_ones(len(images))
+
+    given = settings(sites=["up.0.hook_out"], starts=[0])
+    with pytest.raises(InputError, match="same constant for the images of both runs"):
+        diffusion(sd, *PAIR, constant, **given)
+    kept = diffusion(sd, *PAIR, constant, allow_no_effect=True, **given)
+    assert kept.to_dataframe(normalised=False)["value"].tolist() == [1.0]
+
+    def of_clean(images, clean, corrupt):
+        return (images == clean).flatten(1).all(dim=1).float()
+
+    with pytest.raises(InputError, match="none of the 1 patches moves exactly clean"):
+        diffusion(sd, *PAIR, Compared("exactly clean", of_clean), **given)

@@ -1,5 +1,7 @@
 """Figures of patching: what is drawn is what was measured."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,58 @@ def test_lines_and_agreement_refuse_what_does_not_fit() -> None:
     assert [len(one.get_offsets()) for one in scatter.collections] == [2, 1]
     with pytest.raises(ShapeError, match="3 exact values, 2 estimates"):
         agreement_scatter([0.0, 1.0, 0.5], [0.1, 0.9])
+
+
+def middle(ax) -> float:
+    return float(image_of(ax).norm.vcenter)
+
+
+def test_white_is_the_run_without_a_patch() -> None:
+    found = result()
+    assert middle(found.plot()) == 0
+    assert middle(found.plot(normalised=False)) == pytest.approx(float(found.corrupt.mean()))
+    noised = result(about={"direction": "noise"})
+    assert middle(noised.plot()) == 1
+    assert middle(noised.plot(normalised=False)) == pytest.approx(float(found.clean.mean()))
+    # As attention knockout gives: there is a clean run alone.
+    knocked = result(corrupt=None, about={})
+    assert middle(knocked.plot()) == pytest.approx(float(found.clean.mean()))
+    both = {float(found.clean.mean()), float(found.corrupt.mean())}
+    for one, want in ((knocked, {float(found.clean.mean())}), (found, both)):
+        lines = one.select(layer="0").plot(normalised=False).get_lines()
+        assert {line.get_ydata()[0] for line in lines if line.get_linestyle() == ":"} == want
+
+
+def test_sets_of_heads_are_drawn_as_effects() -> None:
+    found = result()
+    tests = {"sufficiency": "denoise", "necessity": "noise"}
+    sets = PatchingResult("head sets", "m", found.values, {"test": tuple(tests), "size": ("1", "2", "3")}, found.clean,
+                          found.corrupt, about={"direction": "both", "directions": tests})  # fmt: skip
+    ax = sets.plot()
+    want = torch.stack([sets.mean()[0], 1 - sets.mean()[1]])
+    np.testing.assert_allclose(np.asarray(image_of(ax).get_array()), want.numpy(), atol=1e-6)
+    assert middle(ax) == 0
+    raw = sets.plot(normalised=False)
+    want = torch.stack([found.values[0] - found.corrupt, found.clean - found.values[1]]).mean(-1)
+    np.testing.assert_allclose(np.asarray(image_of(raw).get_array()), want.numpy(), atol=1e-6)
+    picked = sets.select(test="necessity")
+    needed = replace(picked, values=picked.values[None], axes={"a": ("b",), **picked.axes})
+    assert middle(needed.plot()) == 1
+
+
+def test_results_over_patches_are_drawn_on_their_image() -> None:
+    found = result()
+    axes = {"site": ("hook_resid_post",), "layer": ("0", "1"), "position": tuple("abcd")}
+    about = {"direction": "noise", "grid": {"image": 0, "rows": 2, "columns": 2}}
+    values = torch.randn(1, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    grid = PatchingResult("x", "m", values, axes, found.clean, found.corrupt, about=about)
+    picture = worded.image("fox")
+    ax = grid.select(layer="1").plot(image=picture)
+    shown, heat = ax.images
+    assert shown.get_extent() == [-0.5, 15.5, 15.5, -0.5]
+    np.testing.assert_allclose(np.asarray(heat.get_array()), grid.mean()[0, 1].reshape(2, 2).numpy(), atol=1e-6)
+    assert heat.norm.vcenter == 1
+    with pytest.raises(InputError, match=r"select\(layer="):
+        grid.plot(image=picture)
+    with pytest.raises(InputError, match="no grid"):
+        found.plot(image=picture)

@@ -9,6 +9,7 @@ import torch
 from interp.errors import InputError, ShapeError
 from interp.patching.head_overlap import overlap, rank_correlation
 from interp.patching.head_vectors import head_outputs, put_heads, random_heads, replace_heads, strongest_heads
+from interp.patching.heads import as_heads
 from interp.patching.metric import TokenMetric
 from tests import tiny, worded
 from tests.patching import planted_edges as planted
@@ -123,3 +124,20 @@ def test_rank_correlation() -> None:
         rank_correlation(a, torch.ones(2, 3))
     with pytest.raises(ShapeError, match="same three or more"):
         rank_correlation(a, a[0])
+
+
+def test_heads_may_be_lists_as_files_give_them() -> None:
+    outputs = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(replace_heads(outputs, [[1, 2]])[0].value, replace_heads(outputs, [(1, 2)])[0].value)
+    assert overlap([[0, 1], [1, 1]], [(1, 1)], 6).shared == 1
+    vlm, inputs = planted.vlm(), planted.batch()
+    head, own = planted.HOPS["question -> last"], torch.ones(4, 2, 8)
+    metric = TokenMetric("log-probability", torch.tensor([planted.ANSWER_A, planted.ANSWER_B]))
+    found = [
+        put_heads(vlm, inputs, {"a": [one]}, {"ones": own}, metric, n_controls=0, progress=False)
+        for one in (head, list(head))
+    ]
+    assert torch.equal(found[0].values, found[1].values) and found[1].about["heads"] == {"a": [list(head)]}
+    for wrong in ([1], (0, 1, 2), (0.5, 1), 3, "11"):
+        with pytest.raises(InputError, match=r"give \(layer, head\)"):
+            as_heads([wrong])

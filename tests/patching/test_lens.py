@@ -1,9 +1,12 @@
 """Reading vectors in words: phases against logits by plain torch, patchscopes against plain hooks."""
 
+import inspect
+
 import pytest
 import torch
 
 from interp.errors import InputError, ShapeError
+from interp.lens import phases
 from interp.patching.lens import decodes, identity_prompt, lens, patchscope, peaks
 from tests import tiny, worded
 from tests.patching import planted_edges as planted
@@ -111,3 +114,13 @@ def test_a_patchscope_in_a_prompt_with_an_image() -> None:
     target = ("Q:<image> x\nA:", [worded.image("apple")])
     table = patchscope(vlm, vector, target, layers=[1, 2], max_new_tokens=3)
     assert table["text"].nunique() + (table["text"] != table["unpatched"]).any() > 1
+
+
+def test_tokens_that_the_model_lacks_are_refused() -> None:
+    vlm, inputs = planted.vlm(), planted.batch()
+    for ids, words in (([3, 999], "999.*0 to 9"), ([-1, 3], "-1.*0 to 9")):
+        with pytest.raises(InputError, match=words):
+            lens(vlm, inputs, {"answer": ids})
+    with pytest.raises(InputError, match="integers"):
+        # As called without the checks of types that tests run under.
+        inspect.unwrap(phases)(torch.zeros(1, 2, 5), {"answer": [3.0, 4.0]})

@@ -72,3 +72,12 @@ def test_answers_as_text_and_bad_input() -> None:
     ):
         with pytest.raises(error, match=match):
             override(vlm, inputs, given, wanted, asked, progress=False, **settings)
+
+
+def test_every_named_vector_has_random_ones_of_its_own() -> None:
+    vlm, inputs = tiny.vlm("llama"), tiny.inputs_for("llama")
+    one = TaskVectors(4 * torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0)))
+    found = override(vlm, inputs, {"a": one, "b": one}, [7, 8], [9, 10], layers=[3], n_controls=2, progress=False)
+    control = found.controls["random vector"][:, :, 0].flatten(0, 1)
+    assert torch.equal(found.values[0], found.values[1]) or (found.values[0] - found.values[1]).abs().max() < 1e-4
+    assert all((control[i] - control[j]).abs().max() > 1e-2 for i in range(4) for j in range(i))

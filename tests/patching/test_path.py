@@ -101,3 +101,17 @@ def test_pairs_without_a_path_keep_the_base_run_and_bad_heads_are_refused() -> N
             path(vlm, clean, corrupt, measured, **settings)
     with pytest.raises(InputError, match="no sender differs"):
         path(vlm, clean, clean, measured, receivers=[(1, 0)])
+
+
+def test_paths_that_reach_nothing_are_refused() -> None:
+    vlm = tiny.vlm("llama")
+    clean, corrupt = tiny.text_inputs((7, 7), 1), tiny.text_inputs((7, 7), 2)
+    measured = logit_difference(vlm, [11, 12], [13, 14])
+    # Queries of the last layer at an earlier token: nothing that follows reads what they find.
+    nowhere = {"receivers": [(3, 0)], "through": ["q"], "positions": -3}
+    with pytest.raises(InputError, match="none of the 12 patches"):
+        path(vlm, clean, corrupt, measured, **nowhere)
+    kept = path(vlm, clean, corrupt, measured, allow_no_effect=True, **nowhere)
+    torch.testing.assert_close(kept.values, kept.clean.expand_as(kept.values), atol=1e-4, rtol=0)
+    named = path(vlm, clean, corrupt, measured, receivers=[[3, 0]], senders=[[2, 1]], control=False)
+    assert named.axes["receiver"] == ("3.0",)

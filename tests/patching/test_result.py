@@ -126,3 +126,37 @@ def test_what_does_not_fit_is_refused() -> None:
         result(values=torch.full((2, 3, 5), float("nan")))
     with pytest.raises(InputError, match="repeats"):
         result(axes={"layer": ("0", "0"), "position": ("a", "b", "c")})
+
+
+def test_tables_of_raw_values_need_no_scale() -> None:
+    clean = result().clean.clone()
+    clean[1] = result().corrupt[1]
+    found = result(clean=clean)
+    with pytest.raises(InputError, match="normalised=False"):
+        found.to_dataframe()
+    table = found.to_dataframe(normalised=False)
+    assert "normalised" not in table and len(table) == 6
+    low = found.interval(normalised=False).low
+    assert np.isclose(table.low[0], low[0, 0])
+    assert np.isclose(table["control random site"][0], found.control("random site", False)[0, 0])
+    by_example = found.to_dataframe(examples=True, normalised=False)
+    assert list(by_example.columns) == ["layer", "position", "example", "value"]
+    with pytest.raises(InputError, match="no scale"):
+        result(clean=None).to_dataframe(normalised=True)
+
+
+def test_numbers_select_names_where_names_are_numbers() -> None:
+    late = result(axes={"layer": ("2", "3"), "position": ("image[0]", "question", "last")})
+    assert torch.equal(late.select(layer=2).values, late.values[0])
+    assert torch.equal(late.select(layer=-1, position=1).values, late.values[1, 1])
+    for wrong in (0, 1, -3):
+        with pytest.raises(UnknownNameError, match=f"no {wrong}"):
+            late.select(layer=wrong)
+    with pytest.raises(UnknownNameError, match="no 3"):
+        late.select(position=3)
+    assert late.select(position="last").select(layer=3).about["selected"] == {"position": "last", "layer": "3"}
+
+
+def test_intervals_need_resamples() -> None:
+    with pytest.raises(InputError, match="n_resamples=0"):
+        result().interval(n_resamples=0)

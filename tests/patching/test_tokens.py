@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from interp.errors import InputError, UnknownNameError
+from interp.patching.activation import activation
 from interp.patching.corruption import ENTRY, MeanOver, TokenNoise, two_runs
 from interp.patching.metric import logit_difference
 from interp.patching.tokens import TokenGroup, align, as_groups, every_token, image_patches, segments
@@ -118,3 +119,13 @@ def test_tokens_enter_as_the_mean_over_the_data_set() -> None:
     uneven = worded.llama().prepare([query("Japan"), query("Norway and more")])
     with pytest.raises(InputError, match="equally many"):
         MeanOver(uneven, "input[0]").edits(worded.llama(), worded.llama().prepare([query("Japan")]))
+
+
+def test_inputs_that_are_none_are_refused() -> None:
+    vlm, inputs = prompts()
+    measured = logit_difference(vlm, [11, 12], [13, 14])
+    nothing = {"attention_mask": inputs["attention_mask"]}
+    for clean, corrupt in ((nothing, inputs), (inputs, nothing)):
+        for positions in (None, ["last"]):
+            with pytest.raises(InputError, match="input_ids"):
+                activation(vlm, clean, corrupt, measured, positions=positions)
