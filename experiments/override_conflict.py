@@ -1,4 +1,4 @@
-"""Override: a task vector against an instruction that asks for another task. Which of the two answers wins, and where?
+"""Override: a task vector against an instruction that asks for another task; which of the two answers wins, and where.
 
 Source: Luo et al. 2025, section on overriding; Hendel et al. 2023, section 5.
 """
