@@ -1,6 +1,8 @@
 """The main experiment on the models that ship: what it must show, what it writes, what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -23,9 +25,12 @@ DEFAULTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One full run, as `make demo` makes it."""
+    """A run as `make demo` makes it, of two seeds instead of three, in a process of its own, without type checks."""
     root = tmp_path_factory.mktemp("runs")
-    run(**DEFAULTS, out=str(root))
+    words = ["run", "task-vector-transfer", "--seeds", "2", "--out", str(root)]
+    command = [sys.executable, "-W", "error", "-c", "from interp.cli import main; main()", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (made,) = root.iterdir()
     return made
 
@@ -37,7 +42,7 @@ def table(folder):
 
 TASKS = ("country-capital", "country-currency", "animal-latin", "animal-young", "food-color", "food-flavor")
 
-# Means over the paper's six tasks, test items and three seeds; the least that the models that ship must reach.
+# Means over the paper's six tasks, test items and two seeds; the least that the models that ship must reach.
 AT_LEAST = {
     ("text", "prompt", "text examples in the prompt"): 0.95,
     ("image", "prompt", "image examples in the prompt"): 0.90,
@@ -89,7 +94,7 @@ def test_the_run_folder_holds_tables_figures_and_where_they_came_from(folder):
                  "sample-efficiency"):  # fmt: skip
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "config.json").read_text())["seeds"] == 3
+    assert json.loads((folder / "config.json").read_text())["seeds"] == 2
     assert json.loads((folder / "provenance.json").read_text())["status"] == "done"
 
 
@@ -98,7 +103,7 @@ def test_the_summary_follows_from_the_single_answers(folder, table):
     chosen = items.query("query == 'image' and kind == 'patch' and condition == 'text'")
     by_task = chosen.groupby("task")["correct"].mean()
     assert table["image", "patch", "text examples, patched"] == pytest.approx(by_task.mean(), abs=1e-6)
-    assert chosen["draw"].nunique() == 3
+    assert chosen["draw"].nunique() == 2
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,9 @@ def test_own_tasks_need_an_instruction_a_category_and_partners_before_anything_r
         run(**{**settings, "tasks": str(tmp_path)})
 
 
-def test_own_tasks_run_from_the_official_format(tmp_path):
+def test_own_tasks_run_from_the_official_format(tmp_path, monkeypatch):
+    # Their figures are those of the tasks that ship.
+    monkeypatch.setitem(run.__globals__, "draw_all", lambda *_, **__: {})
     names = ["flag-city", "flag-money", "beast-latin", "beast-baby"]
     about = {name: {"instruction": f"The {name}:", "category": name.split("-")[0]} for name in names}
     own_tasks(tmp_path, names, about)
