@@ -100,6 +100,7 @@ class _Task:
 
     @property
     def batch(self) -> int:
+        """How many prompts there are."""
         return len(self.layouts)
 
     def value(self, logits: Tensor, like: Tensor | None = None, index: int = -1) -> Tensor:

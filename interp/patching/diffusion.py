@@ -120,12 +120,7 @@ def diffusion(
     groups = site_groups(sd, sites)
     windows = _windows(steps, window, starts)
     kept = sorted({step for span in windows.values() for step in span})
-    guided = guidance_scale > 1 and not sd.adapter.embeds_guidance
-    if half not in ("both", "cond", "uncond"):
-        raise InputError(f"half={half!r}: give 'both', 'cond' or 'uncond'")
-    if half == "uncond" and not guided:
-        raise InputError("half='uncond': a run without guidance has no unconditional half")
-    halves = {"both": ("cond", "uncond") if guided else ("cond",)}.get(half, (half,))
+    halves = _halves(half, guided=guidance_scale > 1 and not sd.adapter.embeds_guidance)
 
     def generate(side: int, copies: int = 1, **options: Any) -> Trajectory:
         return sd.generate(
@@ -165,6 +160,7 @@ def diffusion(
                 )
             # What both runs share needs no edit.
             variants.append([patch for patch in patches if not patch.same])
+    n_cells = len(variants)
     if control:
         generator = torch.Generator().manual_seed(seed)
         variants += [[patch.away(generator) for patch in patches] for patches in variants]
@@ -175,11 +171,9 @@ def diffusion(
         chunk = variants[start : start + per_run]
         edits = [patch.edit(index * n) for index, patches in enumerate(chunk) for patch in patches]
         found += [measure(part) for part in generate(1, len(chunk), edits=edits).pixels.split(n)]
-    if not allow_no_effect and torch.equal(torch.stack(found[: len(groups) * len(windows)]),
-                                           ends[1].expand(len(groups) * len(windows), -1)):  # fmt: skip
+    if not allow_no_effect and all(torch.equal(values, ends[1]) for values in found[:n_cells]):
         raise InputError(
-            f"none of the {len(groups) * len(windows)} patches moves {title(metric)} by anything; allow it with "
-            "allow_no_effect=True"
+            f"none of the {n_cells} patches moves {title(metric)} by anything; allow it with allow_no_effect=True"
         )
     table = torch.stack(found).reshape(1 + control, len(groups), len(windows), n)
     return PatchingResult(
@@ -202,6 +196,17 @@ def diffusion(
             "seed": seed,
         },
     )
+
+
+def _halves(half: str, *, guided: bool) -> tuple[str, ...]:
+    """The halves of guidance that are patched."""
+    if half not in ("both", "cond", "uncond"):
+        raise InputError(f"half={half!r}: give 'both', 'cond' or 'uncond'")
+    if half == "uncond" and not guided:
+        raise InputError("half='uncond': a run without guidance has no unconditional half")
+    if half == "both":
+        return ("cond", "uncond") if guided else ("cond",)
+    return (half,)
 
 
 def site_groups(sd: Diffusion, sites: Mapping[str, str | Sequence[str]] | Sequence[str]) -> dict[str, list[str]]:

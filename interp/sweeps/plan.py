@@ -225,6 +225,7 @@ class _Limits:
     max_rows: int
 
     def in_packs(self, variants: list[Variant]) -> list[Chunk]:
+        """Chunks of variants whose tokens lie one after the other in one row."""
         chunks: list[list[Variant]] = []
         n_tokens = 0
         for variant in variants:
@@ -238,6 +239,7 @@ class _Limits:
         return [Chunk("packed", min(one.start for one in part), tuple(part)) for part in chunks]
 
     def in_rows(self, variants: list[Variant]) -> list[Chunk]:
+        """Chunks of variants that are rows of one forward, from the first patched token of any on."""
         chunks: list[list[Variant]] = []
         for variant in variants:
             start = chunks[-1][0].start if chunks else 0
