@@ -23,6 +23,8 @@ from interp.runs import Run
 from interp.zoo.readouts import estimator, head
 
 POOLED, ALIGNED, IDENTITY, SHUFFLED = "appearance", "cell by cell", "identity in boxes", "shuffled head"
+# What there is to reach: another sample of the reference's caption has its looks, and a pose of its own.
+CAPTIONED = "its caption, unguided"
 
 
 def run(
@@ -36,7 +38,7 @@ def run(
     end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the run that is guided.")] = 0.5,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance, for the references.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Of references and noise.")] = 1100,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in one run.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in one run; every batch has a shuffle of its own.")] = 8,
     out: Annotated[str, typer.Option(help="Where run folders are made.")] = "runs",
 ) -> None:
     """Guide unconditional samples to the looks of captioned ones; print likeness of colours, creature and pose."""
@@ -55,16 +57,16 @@ def run(
         boxes = list(zip(creature_boxes(judge.estimate(references)),
                          creature_boxes(judge.estimate(before.images[UNGUIDED])), strict=True))  # fmt: skip
         twins = partial(twin, sd, goals.prompts, theirs)
-        broken = shuffled(looks, seed)
+        captioned = run_trials(sd, goals.prompts, [Arm(CAPTIONED)], seeds=own, **sampling)
         arms = [
             Arm(POOLED, lambda part: Guide([Appearance(looks, pooled=True)], reference=twins(part), **settings)),
             Arm(ALIGNED, lambda part: Guide([Appearance(looks)], reference=twins(part), **settings)),
             Arm(IDENTITY, lambda part: with_identity(looks, who, boxes, twins, settings, part)),
-            Arm(SHUFFLED, lambda part: Guide([Appearance(broken, pooled=True)], reference=twins(part), **settings)),
+            Arm(SHUFFLED, lambda part: with_shuffled(looks, seed, twins, settings, part)),
         ]
         after = run_trials(sd, [""] * trials, arms, seeds=own, **sampling)
-        images = before.images | after.images
-        seconds = before.seconds | after.seconds
+        images = before.images | captioned.images | after.images
+        seconds = before.seconds | captioned.seconds | after.seconds
         measured = {arm: likeness(some, references, goals.scenes, judge) for arm, some in images.items()}
         comparisons = []
         for measure in next(iter(measured.values())):
@@ -83,6 +85,11 @@ def run(
 def twin(sd: interp.Diffusion, prompts: Sequence[str], seeds: Sequence[int], part: Sequence[int]) -> Twin:
     """The references of some trials, generated in lockstep."""
     return Twin(latents=noise(sd, [seeds[index] for index in part]), prompt=[prompts[index] for index in part])
+
+
+def with_shuffled(looks: Readout, seed: int, twins: Any, settings: dict[str, Any], part: Sequence[int]) -> Guide:
+    """The guide of some trials by a head with shuffled weights, in another order in each batch."""
+    return Guide([Appearance(shuffled(looks, seed + part[0]), pooled=True)], reference=twins(part), **settings)
 
 
 def with_identity(

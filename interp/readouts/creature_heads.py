@@ -23,6 +23,7 @@ from interp.zoo.creatures import KEYPOINTS
 Measure = Callable[[Float[Tensor, "example image out height width"], Sequence[Any]], Float[Tensor, " example"]]
 
 N_GROUPS = 8  # of every head's normalisations
+WRONG_ORDER = "triplets in the wrong order"
 MISSED = 0.1  # of the map's side: farther than this a point counts as missed
 
 
@@ -38,6 +39,7 @@ class HeadRecipe:
         lr: learning rate.
         error: what is measured on held-out renders; less is better.
         chance: the error of knowing nothing of the picture, where that is no prediction of the mean target.
+        longer: times the steps of other heads.
     """
 
     name: str
@@ -47,6 +49,7 @@ class HeadRecipe:
     lr: float
     error: str
     chance: float | None = None
+    longer: int = 1
 
 
 HEADS: dict[str, HeadRecipe] = {
@@ -57,8 +60,10 @@ HEADS: dict[str, HeadRecipe] = {
         HeadRecipe("edge", "spatial", 1, "sparse_mse", 3e-3, "MSE"),
         HeadRecipe("keypoints", "keypoints", len(KEYPOINTS), "mse", 3e-3, "MSE"),
         HeadRecipe("correspondence", "features", None, "correspondence", 3e-3, "points missed"),
-        HeadRecipe("appearance", "features", None, "appearance", 3e-3, "triplets in the wrong order", 0.5),
-        HeadRecipe("identity", "features", None, "appearance", 3e-3, "triplets in the wrong order", 0.5),
+        # Creatures are elsewhere in each picture, so that cells cannot be compared one by one; and most triplets are
+        # told apart early by species or background, which leaves few to learn colours from.
+        HeadRecipe("appearance", "features", None, "pooled_appearance", 3e-3, WRONG_ORDER, 0.5, longer=3),
+        HeadRecipe("identity", "features", None, "pooled_appearance", 3e-3, WRONG_ORDER, 0.5, longer=3),
     )
 }
 
@@ -147,7 +152,7 @@ def error_of(name: str) -> Measure:
         UnknownNameError: no such head.
     """
     loss = recipe_of(name).loss
-    return _missed if loss == "correspondence" else _wrong_order if loss == "appearance" else _squared_error
+    return _missed if loss == "correspondence" else _wrong_order if loss == "pooled_appearance" else _squared_error
 
 
 def error_of_the_mean(name: str, seen: InMemory, held_out: InMemory) -> float:
@@ -194,5 +199,6 @@ def _missed(maps: Float[Tensor, "example image out height width"], targets: Sequ
 def _wrong_order(
     maps: Float[Tensor, "example image out height width"], targets: Sequence[Any]
 ) -> Float[Tensor, " example"]:
-    alike = F.cosine_similarity(maps[:, :1], maps[:, 1:], dim=2).mean(dim=(-2, -1))
+    looks = maps.mean(dim=(-2, -1))
+    alike = F.cosine_similarity(looks[:, :1], looks[:, 1:], dim=2)
     return (alike[:, 0] <= alike[:, 1]).float()

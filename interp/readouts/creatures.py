@@ -142,7 +142,8 @@ def triplet_scenes(n: int, seed: int, kind: str = "appearance") -> tuple[list[Sc
         seed: of scenes, movements and colours.
         kind: ``"appearance"``: the positive is the anchor moved, background and all; ``"identity"``: the same creature
             anywhere, in any pose and before any background. The negative is moved as well and recoloured (even
-            examples), or another species in the anchor's colours (odd ones).
+            examples), or another species in the anchor's colours (odd ones; for appearance every other of these is the
+            anchor moved, before another background).
 
     Returns:
         Anchors, positives and negatives.
@@ -169,6 +170,11 @@ def triplet_scenes(n: int, seed: int, kind: str = "appearance") -> tuple[list[Sc
     others = zip(_redrawn(names, (seed, 5)), anchors, strict=True)
     strangers = [_clothed(place, scene, scene.background) for place, scene in others]
     negatives = [recoloured[index] if index % 2 == 0 else strangers[index] for index in range(n)]
+    if kind == "appearance":
+        again = moved(anchors, int(rng.integers(2**31)))
+        negatives[3::4] = [
+            dataclasses.replace(scene, background=_behind(scene, rng, but=scene.background)) for scene in again[3::4]
+        ]
     return anchors, positives, negatives
 
 
@@ -231,10 +237,10 @@ def _recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
     return dataclasses.replace(scene, body=other(scene.body), head=other(scene.head), legs=other(scene.legs))
 
 
-def _behind(scene: Scene, rng: np.random.Generator) -> str:
-    """Any background before which the creature shows well."""
+def _behind(scene: Scene, rng: np.random.Generator, *, but: str = "") -> str:
+    """Any background, but one, before which the creature shows well."""
     parts = {scene.body, scene.head, scene.legs}
-    return str(rng.choice([name for name in BACKGROUNDS if parts <= set(contrasting(name))]))
+    return str(rng.choice([name for name in BACKGROUNDS if name != but and parts <= set(contrasting(name))]))
 
 
 def _cells(points: Float[Tensor, "scene keypoint 2"], size: int, grid: int) -> Float[Tensor, "scene keypoint 2"]:

@@ -179,7 +179,11 @@ def correspondence_loss(
 
 
 def appearance_loss(
-    maps: Float[Tensor, "example image out height width"], targets: Sequence[Any], margin: float = MARGIN
+    maps: Float[Tensor, "example image out height width"],
+    targets: Sequence[Any],
+    margin: float = MARGIN,
+    *,
+    pooled: bool = False,
 ) -> Float[Tensor, ""]:
     """The hinge over anchor, positive and negative, summed over examples; see `interp.readouts.losses.cosine_hinge`.
 
@@ -187,15 +191,19 @@ def appearance_loss(
         maps: of three pictures each.
         targets: not used.
         margin: of the hinge.
+        pooled: compare the means of the descriptors over all cells in place of cell by cell, as
+            `interp.guidance.Appearance` does with the same option: for pictures whose subject moves between them.
 
     Raises:
         ShapeError: not three pictures to an example.
     """
     _n_images(maps, 3, "appearance")
+    if pooled:
+        maps = maps.mean(dim=(-2, -1), keepdim=True)
     return cosine_hinge(maps[:, 0], maps[:, 1], maps[:, 2], margin)
 
 
-LOSSES = ("mse", "sparse_mse", "correspondence", "appearance")
+LOSSES = ("mse", "sparse_mse", "correspondence", "appearance", "pooled_appearance")
 
 
 def loss_named(loss: str | Loss, readout: Readout) -> Loss:
@@ -203,7 +211,7 @@ def loss_named(loss: str | Loss, readout: Readout) -> Loss:
 
     Args:
         loss: ``"mse"``, ``"sparse_mse"`` (the background is the least of the readout's ``value_range``),
-            ``"correspondence"``, ``"appearance"``, or a function.
+            ``"correspondence"``, ``"appearance"``, ``"pooled_appearance"``, or a function.
         readout: what is trained.
 
     Raises:
@@ -217,7 +225,12 @@ def loss_named(loss: str | Loss, readout: Readout) -> Loss:
         if readout.value_range is None:
             raise InputError("sparse_mse takes the least of the readout's value_range as background: give it one")
         return partial(sparse_loss, background=readout.value_range[0])
-    known: dict[str, Loss] = {"mse": mse_loss, "correspondence": correspondence_loss, "appearance": appearance_loss}
+    known: dict[str, Loss] = {
+        "mse": mse_loss,
+        "correspondence": correspondence_loss,
+        "appearance": appearance_loss,
+        "pooled_appearance": partial(appearance_loss, pooled=True),
+    }
     if loss not in known:
         raise InputError(f"no loss {loss!r}: there are {', '.join(LOSSES)}. {nearest(loss, LOSSES)}".rstrip())
     return known[loss]

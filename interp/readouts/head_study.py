@@ -37,7 +37,8 @@ class HeadStudy:
         samples: numbers of training samples, one head for each.
         held_out: renders that heads are measured on.
         timesteps: where they are.
-        steps, batch: of every training.
+        steps: of every training; recipes may ask for some times as many, see `HeadRecipe.longer`.
+        batch: of every training.
         dim, width: of every head.
         train_seed, test_seed: of the renders.
         seed: of weights, order, timesteps and noise.
@@ -113,6 +114,7 @@ def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None =
         for n, seed in ((max(study.samples), study.train_seed), (study.held_out, study.test_seed))
     )
     seen_latents, held_out_latents = seen.encoded(sd), held_out.encoded(sd)
+    steps = study.steps * recipe.longer
     tables = [_bounds(sd, name, study, seen, held_out)]
     readouts, trainings, seconds = {}, {}, {}
     for n in study.samples:
@@ -123,11 +125,11 @@ def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None =
             readout,
             seen_latents.first(min(n, len(seen))),
             recipe.loss,
-            steps=study.steps,
+            steps=steps,
             batch=study.batch,
             lr=recipe.lr,
             latents=True,
-            validate_every=study.steps,
+            validate_every=steps,
             previews=[held_out_latents(index) for index in range(N_PREVIEWS)],
             seed=study.seed,
             folder=None if folder is None else folder / f"{name}-{n}" / "training",
@@ -140,7 +142,7 @@ def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None =
         if folder is not None:
             data = f"{n} creatures, seed {study.train_seed}"
             scores = {f"{recipe.error} at t={timestep:g}": error for timestep, error in by_timestep(table).items()}
-            save(readout, folder / f"{name}-{n}", About(sd.name, data, study.steps, scores))
+            save(readout, folder / f"{name}-{n}", About(sd.name, data, steps, scores))
     head = readouts[max(study.samples)].head
     return HeadResult(readouts, trainings, pd.concat(tables, ignore_index=True), n_parameters(head), seconds)
 
@@ -161,7 +163,8 @@ def _bounds(sd: Diffusion, name: str, study: HeadStudy, seen: InMemory, held_out
     readout = creature_readout(sd, name, dim=study.dim, width=study.width, seed=study.seed)
     mean = pd.DataFrame({"example": range(len(held_out)), "value": error_of_the_mean(name, seen, held_out)})
     head = pixel_head(readout, seen.images, study.seed)
-    train_on_pixels(head, readout, seen, recipe.loss, steps=study.steps, batch=study.batch, lr=recipe.lr)
+    steps = study.steps * recipe.longer
+    train_on_pixels(head, readout, seen, recipe.loss, steps=steps, batch=study.batch, lr=recipe.lr)
     pixels = evaluate_on_pixels(head, readout, held_out, error_of(name))
     named = [_rows(mean, name, MEAN, len(seen)), _rows(pixels, name, PIXELS, len(seen))]
     return pd.concat(named, ignore_index=True)

@@ -57,8 +57,9 @@ def train_readout(
         sd: the diffusion model; nothing of it changes.
         readout: its head is trained, at its sites, under its time convention.
         source: the examples.
-        loss: ``"mse"`` (depth, keypoints), ``"sparse_mse"`` (pose, edge), ``"correspondence"``, ``"appearance"``, or a
-            function, see `interp.readouts.examples`.
+        loss: ``"mse"`` (depth, keypoints), ``"sparse_mse"`` (pose, edge), ``"correspondence"``, ``"appearance"`` (cell
+            by cell, as in the paper), ``"pooled_appearance"`` (means over cells), or a function, see
+            `interp.readouts.examples`.
         steps: of the optimizer.
         batch: examples a step.
         lr: learning rate of AdamW.

@@ -92,9 +92,10 @@ def test_looks_are_compared_with_those_of_the_references(tmp_path):
     run = only_run(tmp_path)
     table = run.load_table("comparison")
     assert set(table["measure"]) == {"colour histogram", "creature's colours", "embedding", "creature", "pose apart"}
-    assert set(table["arm"]) == {"unguided", "appearance", "cell by cell", "identity in boxes", "shuffled head"}
+    arms = {"unguided", "its caption, unguided", "appearance", "cell by cell", "identity in boxes", "shuffled head"}
+    assert set(table["arm"]) == arms
     trials = run.load_table("colour-histogram-trials")
-    assert trials.shape == (2, 5) and ((trials >= 0) & (trials <= 1)).all().all()
+    assert trials.shape == (2, 6) and ((trials >= 0) & (trials <= 1)).all().all()
     assert figures_of(run) == {*MEASURES, "samples"}
 
 

@@ -18,7 +18,7 @@ from interp.readouts import (
     frozen,
     train_readout,
 )
-from interp.readouts.examples import loss_named
+from interp.readouts.examples import appearance_loss, loss_named
 from tests.readouts.heads import SITES, SIZE, embedding_of, model, readout
 
 # Single precision through a small UNet and one optimizer step.
@@ -261,6 +261,20 @@ def test_correspondence_and_appearance_heads_train():
     two = readout(sd, None, "features")
     hinge = train_readout(sd, two, InMemory(triplets), "appearance", steps=20, **options).history["loss"]
     assert hinge.tail(4).mean() < 0.9 * hinge.head(4).mean()
+
+
+def test_pooled_triplets_by_hand():
+    # The anchor's two descriptors change places in the positive; the negative has one of them everywhere.
+    anchor = torch.tensor([[3.0, 0.0], [0.0, 4.0]])[:, None]
+    positive, negative = anchor.flip(-1), anchor[..., :1].expand(-1, -1, 2)
+    maps = torch.stack([anchor, positive, negative])[None]
+    pooled = loss_named("pooled_appearance", readout(model(), None, "features"))
+    # Means (1.5, 2) and (3, 0) have cosine 0.6; the anchor and the positive have one mean.
+    assert pooled(maps, [None]).item() == pytest.approx(0.5 + 0.0 - 0.4)
+    assert appearance_loss(maps, [None], 0.1).item() == pytest.approx(0.1 + 1.0 - 0.5)
+    assert appearance_loss(maps, [None], 0.1, pooled=True).item() == 0.0
+    with pytest.raises(ShapeError, match="3 images to an example"):
+        pooled(maps[:, :2], [None])
 
 
 def test_the_correspondence_loss_by_hand():
