@@ -26,7 +26,7 @@ from interp.zoo.readouts.estimator import PIXELS
 
 GUIDED, SHUFFLED = "drag", "shuffled heads"
 # Without the term against ghosts points go less far by the same weights, and less far means less change.
-GHOSTS, WEAKER = "without anti-ghosting", "without, weaker appearance"
+GHOSTS, HEAVIER = "without anti-ghosting", "without, heavier drag"
 DRAGGED = ("eye", "nose", "head_top")
 NEAR = 10.0  # pixels around a point or its target that do not count as the rest of the image
 
@@ -38,21 +38,28 @@ def run(
     heads: Annotated[str, typer.Option(help="Folder of heads; empty: those that ship.")] = "",
     trials: Annotated[int, typer.Option(min=2, help="Prompts, each with a seed of its own.")] = 64,
     way: Annotated[float, typer.Option(min=4.0, help="Pixels up or down, and half as many to a side.")] = 8.0,
-    appearance: Annotated[float, typer.Option(min=0.0, help="Weight of the appearance term; 0 leaves it out.")] = 0.3,
-    weaker: Annotated[float, typer.Option(min=0.0, help="The same in an arm without the term against ghosts.")] = 0.1,
+    appearance: Annotated[float, typer.Option(min=0.0, help="Weight of the appearance term; 0 leaves it out.")] = 0.6,
+    heavier: Annotated[
+        float, typer.Option(help="Weight of the drag in an arm that goes as far without the term against ghosts.")
+    ] = 3.0,
     steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 50,
-    step_size: Annotated[float, typer.Option(help="Of the signed steps; 0.02 in the paper.")] = 0.05,
+    rule: Annotated[str, typer.Option(help="latent_gradient, signed_step (as in the paper) or epsilon.")] = (
+        "latent_gradient"
+    ),
+    step_size: Annotated[float, typer.Option(help="As the rule takes it; 0.02 for the paper's signed steps.")] = 40.0,
     end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the run that is guided.")] = 0.5,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, pulls and noise.")] = 900,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in one run.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in one run; every batch has shuffles of its own.")] = 8,
     out: Annotated[str, typer.Option(help="Where run folders are made.")] = "runs",
 ) -> None:
     """Pull the heads of unguided samples; print how far they went and how much of the rest changed."""
     config = {name: value for name, value in locals().items() if name != "out"}
     if not math.isfinite(way):
         raise InputError(f"way={way}: give a number of pixels")
-    chosen = {"step_size": step_size, "end": end}
+    if not 0 < heavier < math.inf:
+        raise InputError(f"heavier={heavier}: give a weight of the drag term, more than 0")
+    chosen = {"rule": rule, "step_size": step_size, "end": end}
     check_sampling(chosen, steps=steps, guidance_scale=guidance_scale, out=out)
     sd = interp.Diffusion.from_pretrained(model)
     pair = (head("appearance", sd, heads or None), head("correspondence", sd, heads or None))
@@ -62,12 +69,12 @@ def run(
     with Run.create("guidance-drag", config, root=out, seed=[seed]) as folder:
         before = run_trials(sd, goals.prompts, [Arm(UNGUIDED)], **sampling)
         pulls = draw_pulls(judge.estimate(before.images[UNGUIDED]), DRAGGED, (way, way / 2), seed)
-        broken = (shuffled(pair[0], seed), shuffled(pair[1], seed))
+        weights = (1.0, appearance)
         arms = [
-            Arm(GUIDED, partial(pull, pair, pulls, appearance, True, settings)),
-            Arm(GHOSTS, partial(pull, pair, pulls, appearance, False, settings)),
-            Arm(WEAKER, partial(pull, pair, pulls, weaker, False, settings)),
-            Arm(SHUFFLED, partial(pull, broken, pulls, appearance, True, settings)),
+            Arm(GUIDED, partial(pull, pair, pulls, weights, True, settings)),
+            Arm(GHOSTS, partial(pull, pair, pulls, weights, False, settings)),
+            Arm(HEAVIER, partial(pull, pair, pulls, (heavier, appearance), False, settings)),
+            Arm(SHUFFLED, lambda part: pull(broken(pair, seed + part[0]), pulls, weights, True, settings, part)),
         ]
         after = run_trials(sd, goals.prompts, arms, **sampling)
         images = before.images | after.images
@@ -75,7 +82,7 @@ def run(
         moved = {arm: pulls.moved(judge.estimate(some), DRAGGED) for arm, some in images.items()}
         rest = {arm: pulls.elsewhere(some, images[UNGUIDED], NEAR) for arm, some in after.images.items()}
         table = compared(moved).assign(measure="share of the way")
-        rests = compared(rest, baseline=WEAKER).assign(measure="change of the rest")
+        rests = compared(rest, baseline=HEAVIER).assign(measure="change of the rest")
         folder.save_table("trials", pd.DataFrame(moved).join(pd.DataFrame(rest).add_suffix(", change of the rest")))
         folder.save_table("comparison", pd.concat([table, rests], ignore_index=True))
         folder.save_figure("moved", figures.trial_dots(moved, label="share of the asked way").figure)
@@ -88,7 +95,7 @@ def run(
                  change_of(rests, row["arm"]), f"{seconds[row['arm']] / seconds[UNGUIDED]:.1f} ×"]
                 for row in table.to_dict("records")
             ],
-            title=f"{trials} trials, {way:g} pixels up or down; the rest is compared with {WEAKER!r}",
+            title=f"{trials} trials, {way:g} pixels up or down; the rest is compared with {HEAVIER!r}",
         )  # fmt: skip
         if pulls.n_cut:
             least = min(pulls.shares)
@@ -99,18 +106,24 @@ def run(
 def pull(
     heads: tuple[Readout, Readout],
     pulls: Pulls,
-    appearance: float,
+    weights: tuple[float, float],
     anti_ghosting: bool,
     settings: dict[str, object],
     part: Sequence[int],
 ) -> Guide:
-    """The guide of some trials: drag, and with a weight appearance."""
+    """The guide of some trials: drag, and appearance where it has a weight."""
+    drag, appearance = weights
     sources, targets = ([points[index] for index in part] for points in (pulls.sources, pulls.targets))
     size = (PIXELS, PIXELS)
-    terms = [Drag(heads[1], sources, targets, size, anti_ghosting=anti_ghosting)]
+    terms = [Drag(heads[1], sources, targets, size, anti_ghosting=anti_ghosting, weight=drag)]
     if appearance:
         terms.append(Appearance(heads[0], weight=appearance, rescale=None))
     return Guide(terms, **settings)
+
+
+def broken(heads: tuple[Readout, Readout], seed: int) -> tuple[Readout, Readout]:
+    """Both heads with shuffled weights: one order may help or harm by chance, so every batch has its own."""
+    return shuffled(heads[0], seed), shuffled(heads[1], seed)
 
 
 def change_of(rests: pd.DataFrame, arm: str) -> str:

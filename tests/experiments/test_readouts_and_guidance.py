@@ -79,7 +79,7 @@ def test_drags_are_measured_by_the_way_that_points_went(tmp_path):
     run = only_run(tmp_path)
     table = run.load_table("comparison")
     way = table[table["measure"] == "share of the way"].set_index("arm")
-    arms = ["unguided", "drag", "without anti-ghosting", "without, weaker appearance", "shuffled heads"]
+    arms = ["unguided", "drag", "without anti-ghosting", "without, heavier drag", "shuffled heads"]
     assert list(way.index) == arms
     assert way.loc["unguided", "mean"] == 0  # where the points were is what the unguided image shows
     assert set(table[table["measure"] == "change of the rest"]["arm"]) == set(way.index) - {"unguided"}
