@@ -11,11 +11,17 @@ from interp.guidance.conflicts import check_together
 from interp.guidance.reference import Reference, Twin
 from interp.guidance.sampler import Steering, steering
 from interp.guidance.terms import Term, Weight, is_number, values_of
+from interp.models.conditioning import Guided
 
 Rule = Literal["signed_step", "latent_gradient", "epsilon"]
-GuideHalf = Literal["both", "cond", "uncond"]
+GuideHalf = Literal["both", "cond", "uncond", "empty"]
 RULES: tuple[Rule, ...] = ("signed_step", "latent_gradient", "epsilon")
-HALVES: dict[str, tuple[str, ...]] = {"both": ("uncond", "cond"), "cond": ("cond",), "uncond": ("uncond",)}
+HALVES: dict[str, tuple[str, ...]] = {
+    "both": ("uncond", "cond"),
+    "cond": ("cond",),
+    "uncond": ("uncond",),
+    "empty": ("uncond",),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +41,8 @@ class Guide:
             ``eps + step_size · g``, and the latents stay.
         step_size: see ``rule``; one for the run, or one for each of its steps.
         start, end: guided steps, in shares of the run: step i of n where ``int(start · n) <= i < int(end · n)``.
-        half: of classifier-free guidance whose activations count.
+        half: of classifier-free guidance whose activations count. ``"empty"``: the call with the empty prompt, which
+            readouts are trained on; it takes the place of the unconditional half where a negative prompt is given.
         recurrence: how many moves are made in a step, the losses anew for each; Adam's moments go on.
         checkpointing: compute activations again in the backward pass instead of keeping them: the same numbers, less
             memory, more time.
@@ -109,6 +116,14 @@ class Guide:
         """The halves whose activations count, in the order of their rows."""
         return HALVES[self.half]
 
+    def seen_by(self, predict: Guided) -> Guided:
+        """The denoiser whose activations count: the run's, or the same with the empty prompt.
+
+        Args:
+            predict: of a run.
+        """
+        return predict.with_empty_prompt() if self.half == "empty" else predict
+
     @property
     def compares(self) -> bool:
         """Whether any term needs a reference."""
@@ -118,7 +133,7 @@ class Guide:
     def needs_uncond(self) -> bool:
         """Whether the unconditional half has to be there, also where the run itself has none."""
         twin = self.reference.guidance_scale if isinstance(self.reference, Twin) and self.compares else None
-        return bool(self.terms) and ("uncond" in self.halves or (twin is not None and twin > 1))
+        return bool(self.terms) and (self.half in ("both", "uncond") or (twin is not None and twin > 1))
 
     def steps(self, n_steps: int) -> range:
         """The guided steps of a run.

@@ -84,12 +84,14 @@ class Reference:
         timesteps: what the model saw, by step.
         spreads: the range of the latents, by step.
         start: the noise end of the run.
+        empty: whether the unconditional half was the empty prompt's, see `Guide.half`.
     """
 
     readings: Mapping[tuple[int, str, str], Reading]
     timesteps: Mapping[int, float]
     spreads: Mapping[int, Spread]
     start: Latents
+    empty: bool = False
 
     def __repr__(self) -> str:
         keys = sorted({key for _, _, key in self.readings})
@@ -155,10 +157,11 @@ class Reference:
         if missing:
             raise InputError(f"the trajectory lacks the latents of step {missing[0]}: run it with keep_latents=True")
         reader = Reader(sd, terms)
-        text = conditions(sd.adapter, prompt, rows, negative=negative_prompt, guided="uncond" in guide.halves)
+        text = conditions(sd.adapter, prompt, rows, negative=negative_prompt, guided=guide.half in ("both", "uncond"))
         readings: dict[tuple[int, str, str], Reading] = {}
         with reader.session:
-            predict = Guided(sd.adapter, solver, text, 1.0, False, guidance_scale, "batch", reader.session, None)
+            run = Guided(sd.adapter, solver, text, 1.0, False, guidance_scale, "batch", reader.session, None)
+            predict = guide.seen_by(run)
             for step in wanted:
                 given = solver.model_input(by_step[step], step)
                 found = visit(reader, predict, given, step, guide.halves)
@@ -172,10 +175,17 @@ class Reference:
             {step: solver.timesteps[step] for step in wanted},
             {step: spread_of(by_step[step]) for step in wanted},
             by_step[0],
+            guide.half == "empty",
         )
 
     def check(
-        self, terms: Sequence[Any], halves: Sequence[str], timesteps: Mapping[int, float], start: Latents
+        self,
+        terms: Sequence[Any],
+        halves: Sequence[str],
+        timesteps: Mapping[int, float],
+        start: Latents,
+        *,
+        empty: bool,
     ) -> None:
         """Refuse a run that this recording does not fit.
 
@@ -184,6 +194,7 @@ class Reference:
             halves: of guidance that count.
             timesteps: of the guided steps.
             start: the run's first latents.
+            empty: whether the guide sees the empty prompt.
 
         Raises:
             InputError: other steps, halves, terms, timesteps or numbers of samples; points to be dragged in images
@@ -205,6 +216,12 @@ class Reference:
                         raise InputError(
                             f"the reference holds no {term.key!r} of the {half} half: record it with this guide"
                         )
+        if self.empty != empty:
+            kinds = {True: "half='empty'", False: "another half"}
+            raise InputError(
+                f"the reference was recorded with {kinds[self.empty]}, and this guide has {kinds[empty]}: record it "
+                "with this guide"
+            )
         if self.rows not in (1, len(start)):
             raise InputError(f"a reference of {self.rows} images for {len(start)} samples: record one, or one for each")
         here = self.start.to(start).expand_as(start) if self.start.shape[1:] == start.shape[1:] else None

@@ -14,7 +14,7 @@ from interp.errors import ShapeError
 from interp.guidance.checkpointing import without_weight_gradients
 from interp.guidance.gradients import measure
 from interp.guidance.log import Log
-from interp.guidance.reading import Reader, Readings
+from interp.guidance.reading import Maps, Reader, Readings
 from interp.guidance.reference import Reference, Spread, Twin, spread_of
 from interp.guidance.rules import MOVES
 from interp.guidance.terms import at_step
@@ -31,13 +31,15 @@ class TwinRun:
 
     Args:
         predict: its denoiser.
+        seen: the one whose activations count, see `Guide.seen_by`.
         solver: its steps, with the fresh noise of the guided run's.
         latents: its first ones.
         keep: all latents, and not only the first and the last.
     """
 
-    def __init__(self, predict: Guided, solver: Solver, latents: Latents, keep: bool) -> None:
+    def __init__(self, predict: Guided, seen: Guided, solver: Solver, latents: Latents, keep: bool) -> None:
         self.predict, self.solver, self.keep = replace(predict, solver=solver, last=None), solver, keep
+        self.seen = self.predict if seen is predict else replace(seen, solver=solver, last=None)
         self.latents = latents
         self._kept: dict[int, Latents] = {0: latents}
         self._clean: dict[int, Latents] = {}
@@ -52,14 +54,16 @@ class TwinRun:
         """
         given = self.solver.model_input(self.latents, step)
         readings: Readings = {}
-        if reader is None:
+        if reader is None or self.seen is not self.predict:
             with captures_of(None):
                 prediction = self.predict(given, step)
+            maps: Maps = {}
         else:
             prediction, maps = reader.collect(lambda: self.predict(given, step))
+        if reader is not None:
             missing = tuple(half for half in halves if half not in maps)
             if missing:
-                _, more = reader.collect(lambda: self.predict.call(given, step, missing, reader.session))
+                _, more = reader.collect(lambda: self.seen.call(given, step, missing, reader.session))
                 maps |= more
             readings = reader.read(maps, halves, self.solver.timesteps[step])
         assert prediction is not None
@@ -81,17 +85,18 @@ class Steering:
     Args:
         guide: the guide.
         predict: the run's denoiser.
+        seen: the one whose activations count, see `Guide.seen_by`.
         solver: its steps.
         reader: of the terms; None without any.
         twin: the unguided run beside it, if there is one.
     """
 
     def __init__(
-        self, guide: Any, predict: Guided, solver: Solver, reader: Reader | None, twin: TwinRun | None
+        self, guide: Any, predict: Guided, seen: Guided, solver: Solver, reader: Reader | None, twin: TwinRun | None
     ) -> None:
         self.guide, self.solver, self.reader, self.twin = guide, solver, reader, twin
         self.log = Log()
-        self._predict = predict
+        self._predict, self._seen = predict, seen
         self._steps = guide.steps(len(solver.times)) if reader is not None else range(0)
         self._change: Latents | None = None
 
@@ -105,13 +110,13 @@ class Steering:
         assert self.reader is not None
         size, time = at_step(self.guide.step_size, step), self.solver.timesteps[step]
         if self.guide.rule == "epsilon":
-            gradient, measured = measure(self.guide, self.reader, self._predict, latents, step, references, spread)
+            gradient, measured = measure(self.guide, self.reader, self._seen, latents, step, references, spread)
             self.log.add(step, time, 0, measured)
             self._change = self.solver.shift((size * gradient).to(latents.dtype), step)
             return latents
         rule = MOVES[self.guide.rule](latents, size)
         for again in range(self.guide.recurrence):
-            gradient, measured = measure(self.guide, self.reader, self._predict, latents, step, references, spread)
+            gradient, measured = measure(self.guide, self.reader, self._seen, latents, step, references, spread)
             self.log.add(step, time, again, measured)
             latents = rule(latents, gradient)
         return latents
@@ -161,24 +166,24 @@ def steering(
         NeverFiredError: at the end, when the gradient was zero at all guided steps.
     """
     if not guide.terms:
-        yield Steering(guide, predict, solver, None, None)
+        yield Steering(guide, predict, predict, solver, None, None)
         return
     if guide.rule == "epsilon":
         solver.shift(latents[:1], 0)
-    reader, twin = Reader(sd, guide.terms), None
+    reader, twin, seen = Reader(sd, guide.terms), None, guide.seen_by(predict)
     if guide.compares:
         if isinstance(guide.reference, Reference):
             steps = guide.steps(len(solver.times))
             terms = [term for term in guide.terms if term.compares]
             times = {step: solver.timesteps[step] for step in steps}
-            guide.reference.check(terms, guide.halves, times, latents)
+            guide.reference.check(terms, guide.halves, times, latents, empty=guide.half == "empty")
         else:
             twin = _twin(guide.reference, guide, predict, another_solver(), latents, keep)
     with ExitStack() as stack:
         heads = [module for term in guide.terms for module in term.modules]
         stack.enter_context(without_weight_gradients([sd.denoiser, *heads]))
         stack.enter_context(reader.session)
-        made = Steering(guide, predict, solver, reader, twin)
+        made = Steering(guide, predict, seen, solver, reader, twin)
         yield made
         made.log.check()
         if not len(made.log):
@@ -202,7 +207,8 @@ def _twin(twin: Twin, guide: Any, predict: Guided, solver: Solver, latents: Late
         scale, mixes = twin.guidance_scale, twin.guidance_scale > 1
     text = predict.text
     if twin.prompt is not None:
-        guided = mixes or "uncond" in guide.halves
+        guided = mixes or guide.half in ("both", "uncond")
         with captures_of(None):
             text = conditions(predict.family, twin.prompt, len(latents), negative=twin.negative_prompt, guided=guided)
-    return TwinRun(replace(predict, text=text, scale=scale, mixes=mixes), solver, start, keep)
+    own = replace(predict, text=text, scale=scale, mixes=mixes)
+    return TwinRun(own, guide.seen_by(own), solver, start, keep)

@@ -1,7 +1,7 @@
 """Prompts for denoisers, and the denoiser under classifier-free guidance."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.denoising import running
 from interp.errors import InputError, ShapeError
-from interp.hooks import Session, Stopped
+from interp.hooks import Session, Stopped, captures_of
 from interp.models.families.diffusion import DiffusionFamily, Text
 from interp.solvers import Solver
 
@@ -185,6 +185,12 @@ class Guided:
 
         with running(step=step, halves=halves):
             return predict() if stop is None else until_captured(stop, halves, predict)
+
+    def with_empty_prompt(self) -> "Guided":
+        """The same, whose unconditional half is the empty prompt in place of the negative one."""
+        with captures_of(None), running(step=None, halves=("uncond",)):
+            empty = self.family.encode([""] * len(self.text))
+        return replace(self, text=Conditioning(self.text.cond, empty))
 
     def _rows(self, halves: tuple[str, ...]) -> Text:
         cond, uncond = self.text.cond, self.text.uncond

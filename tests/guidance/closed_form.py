@@ -105,15 +105,19 @@ def guided(
     reference_start: Tensor | None = None,
     paired: bool = True,
     negative: str = NEGATIVE,
+    seen: str | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Latents [step + 1, ...] of the sample and of its reference, and every gradient that was taken.
 
-    The range of the latents is that of a sample and its reference, unless nothing is `paired` with a reference.
+    The range of the latents is that of a sample and its reference, unless nothing is `paired` with a reference. With
+    `seen` the losses have that prompt's activations in place of the negative prompt's.
     """
     sd, rows = model(), len(start)
     text = sd.prompt(prompt, negative)
     uncond, cond = (one.states.expand(rows, -1, -1) for one in (text.uncond, text.cond))
     states = torch.cat([uncond, uncond, cond, cond])
+    shown = uncond if seen is None else sd.prompt(seen).cond.states.expand(rows, -1, -1)
+    shown_states = torch.cat([shown, shown, cond, cond])
     alphas = sd.pipeline.scheduler.alphas_cumprod.double()
     other = scale if reference_scale is None else reference_scale
     weights = torch.cat([torch.as_tensor(one, dtype=torch.float64).expand(rows) for one in (other, scale)])
@@ -129,7 +133,7 @@ def guided(
             # The reference asks for a gradient too, to show that it gets none.
             still = reference.detach().clone().requires_grad_()
             both = torch.cat([still, leaf])
-            _, maps = call(sd, torch.cat([both, both]), time, states)
+            _, maps = call(sd, torch.cat([both, both]), time, shown_states)
             total = torch.zeros((), dtype=torch.float64)
             ranged = both if paired else leaf
             span = ranged.detach().reshape(-1, rows, leaf[0].numel()).transpose(0, 1).flatten(1)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interp.guidance import Appearance, Drag, Guide, Identity, Spatial, Term, Twin
+from interp.errors import InputError
+from interp.guidance import Appearance, Drag, Guide, Identity, Reference, Spatial, Term, Twin
 from tests.guidance.closed_form import (
     CLOSE,
     NEGATIVE,
@@ -168,6 +169,37 @@ def test_the_half_of_the_empty_prompt_in_one_batch_or_in_calls_of_its_own(calls:
         torch.testing.assert_close(trajectory.reference.latents, reference, **CLOSE)
     other, _, _ = guided(start, TERMS["all"][1], rule="latent_gradient", size=0.5, halves=(0,), scale=scale)
     assert (other - wanted).abs().max() > 1e-4 and len(gradients) == 2
+
+
+@pytest.mark.parametrize("calls", ["batch", "two"])
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+@pytest.mark.parametrize("rule", ["latent_gradient", "epsilon"])
+def test_the_empty_prompt_beside_a_negative_one(calls: str, scale: float, rule: Any) -> None:
+    start = draw(ROWS, 4, 8, 8, seed=14)
+    guide = Guide(TERMS["all"][0], start=0.25, end=0.75, half="empty", rule=rule, step_size=0.5)
+    form = {"rule": rule, "size": 0.5, "halves": (0,), "scale": scale}
+    wanted, reference, _ = guided(start, TERMS["all"][1], seen="", **form)
+    # Without classifier-free guidance nothing has a negative prompt; the empty one is called all the same.
+    prompts = {"negative_prompt": NEGATIVE if scale > 1 else None}
+    trajectory = run(guide, start, guidance_calls=calls, guidance_scale=scale, **prompts)
+    torch.testing.assert_close(trajectory.latents, wanted, **CLOSE)
+    torch.testing.assert_close(trajectory.reference.latents, reference, **CLOSE)
+    negative, _, _ = guided(start, TERMS["all"][1], **form)
+    assert (negative - wanted).abs().max() > 1e-4
+
+
+def test_a_recorded_reference_of_the_empty_prompt() -> None:
+    start = draw(ROWS, 4, 8, 8, seed=15)
+    guide = Guide(TERMS["drag and appearance"][0], start=0.25, end=0.75, half="empty")
+    plain = model().generate(
+        PROMPT, latents=start, negative_prompt=NEGATIVE, steps=STEPS, guidance_scale=7.5, convention="rg",
+        progress=False,
+    )  # fmt: skip
+    recorded = Reference.record(model(), plain, guide, PROMPT)
+    trajectory = run(replace(guide, reference=recorded), start)
+    torch.testing.assert_close(trajectory.latents, run(guide, start).latents, **CLOSE)
+    with pytest.raises(InputError, match="recorded with half='empty', and this guide has another half"):
+        run(replace(guide, half="uncond", reference=recorded), start)
 
 
 def test_the_halves_one_after_the_other_are_the_same() -> None:

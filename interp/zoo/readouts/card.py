@@ -36,8 +36,8 @@ def markdown(card: Mapping[str, Any]) -> str:
         "",
         "Small heads that read a property of a creature from the noisy latents of `zoo:tiny-diffusion`, whose weights "
         'stay as they are: `interp.zoo.readouts.head("pose", sd)`. Trained by '
-        f"`python -m interp.zoo.readouts.train` on {largest} renders (seed {study['train_seed']}), {study['steps']} "
-        f"steps of {study['batch']} at random timesteps, seed {study['seed']}.",
+        f"`python -m interp.zoo.readouts.train` on {largest} renders (seed {study['train_seed']}), in steps of "
+        f"{study['batch']} at random timesteps, seed {study['seed']}: {_steps(card['heads'])}.",
         "",
         f"Errors on {study['held_out']} held-out renders (seed {study['test_seed']}) by timestep; less is better. "
         f"{MEAN}: for triplets, chance; for correspondence, the mean place. {PIXELS}: a head of the same shape whose "
@@ -74,3 +74,11 @@ def markdown(card: Mapping[str, Any]) -> str:
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _steps(heads: Mapping[str, Any]) -> str:
+    """How many steps which heads were trained for."""
+    by_steps: dict[int, list[str]] = {}
+    for name, head in heads.items():
+        by_steps.setdefault(head["steps"], []).append(name)
+    return "; ".join(f"{steps:,} steps for {', '.join(names)}" for steps, names in by_steps.items())

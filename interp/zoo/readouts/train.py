@@ -88,6 +88,7 @@ def measured(errors: pd.DataFrame, name: str) -> dict[str, Any]:
     return {
         "error": recipe_of(name).error,
         "lr": recipe_of(name).lr,
+        "steps": STUDY.steps * recipe_of(name).longer,
         MEAN: round(float(means[MEAN, largest]), 5),
         PIXELS: round(float(means[PIXELS, largest]), 5),
         "by samples and timestep": {str(n): by_timestep(rows) for n, rows in own.groupby("samples")},
