@@ -23,7 +23,7 @@ from interp.runs import Run
 from interp.zoo.readouts import estimator, head
 
 POOLED, ALIGNED, IDENTITY, SHUFFLED = "appearance", "cell by cell", "identity in boxes", "shuffled head"
-# What there is to reach: another sample of the reference's caption has its looks, and a pose of its own.
+# What there is to reach: another sample of the reference's caption has its looks, and a pose that shares its facing.
 CAPTIONED = "its caption, unguided"
 
 

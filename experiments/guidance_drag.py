@@ -18,13 +18,14 @@ from interp.guidance import Appearance, Drag, Guide
 from interp.guidance.controls import shuffled
 from interp.guidance.creature_trials import Pulls, draw_goals, draw_pulls
 from interp.guidance.trial_figures import pulled_grid
-from interp.guidance.trials import UNGUIDED, Arm, check_sampling, compared, run_trials
+from interp.guidance.trials import UNGUIDED, Arm, Trials, check_sampling, compared, run_trials
 from interp.readouts import Readout
 from interp.runs import Run
 from interp.zoo.readouts import estimator, head
 from interp.zoo.readouts.estimator import PIXELS
 
 GUIDED, SHUFFLED = "drag", "shuffled heads"
+STEP_SIZES = {"latent_gradient": 40.0, "signed_step": 0.05}
 # Without the term against ghosts points go less far by the same weights, and less far means less change.
 GHOSTS, HEAVIER = "without anti-ghosting", "without, heavier drag"
 DRAGGED = ("eye", "nose", "head_top")
@@ -40,13 +41,16 @@ def run(
     way: Annotated[float, typer.Option(min=4.0, help="Pixels up or down, and half as many to a side.")] = 8.0,
     appearance: Annotated[float, typer.Option(min=0.0, help="Weight of the appearance term; 0 leaves it out.")] = 0.6,
     heavier: Annotated[
-        float, typer.Option(help="Weight of the drag in an arm that goes as far without the term against ghosts.")
+        float, typer.Option(help="Weight of the drag in an arm that should go as far without the term against ghosts.")
     ] = 3.0,
     steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 50,
     rule: Annotated[str, typer.Option(help="latent_gradient, signed_step (as in the paper) or epsilon.")] = (
         "latent_gradient"
     ),
-    step_size: Annotated[float, typer.Option(help="As the rule takes it; 0.02 for the paper's signed steps.")] = 40.0,
+    step_size: Annotated[
+        float | None,
+        typer.Option(help="As the rule takes it; by default 40, or 0.05 for signed_step (0.02 in the paper)."),
+    ] = None,
     end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the run that is guided.")] = 0.5,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, pulls and noise.")] = 900,
@@ -57,9 +61,11 @@ def run(
     config = {name: value for name, value in locals().items() if name != "out"}
     if not math.isfinite(way):
         raise InputError(f"way={way}: give a number of pixels")
-    if not 0 < heavier < math.inf:
-        raise InputError(f"heavier={heavier}: give a weight of the drag term, more than 0")
-    chosen = {"rule": rule, "step_size": step_size, "end": end}
+    if not 0 < heavier < math.inf or not 0 <= appearance < math.inf:
+        raise InputError(f"heavier={heavier}, appearance={appearance}: give finite weights, of the drag more than 0")
+    if step_size is None and rule == "epsilon":
+        raise InputError("rule='epsilon' has no step size of its own here: give --step-size")
+    chosen = {"rule": rule, "step_size": STEP_SIZES.get(rule, 1.0) if step_size is None else step_size, "end": end}
     check_sampling(chosen, steps=steps, guidance_scale=guidance_scale, out=out)
     sd = interp.Diffusion.from_pretrained(model)
     pair = (head("appearance", sd, heads or None), head("correspondence", sd, heads or None))
@@ -89,10 +95,11 @@ def run(
         folder.save_figure("rest", figures.trial_dots(rest, label="change of the rest", highlight=GUIDED).figure)
         folder.save_figure("samples", pulled_grid(images, pulls))
         tables.show(
-            ["arm", "share of the way: median", "mean", "95 % interval", "change of the rest", "time"],
+            ["arm", "share of the way: median", "mean", "95 % interval", "change of the rest", "gradient", "time"],
             [
                 [row["arm"], f"{row['median']:.2f}", f"{row['mean']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}",
-                 change_of(rests, row["arm"]), f"{seconds[row['arm']] / seconds[UNGUIDED]:.1f} ×"]
+                 change_of(rests, row["arm"]), gradient_of(after, row["arm"]),
+                 f"{seconds[row['arm']] / seconds[UNGUIDED]:.1f} ×"]
                 for row in table.to_dict("records")
             ],
             title=f"{trials} trials, {way:g} pixels up or down; the rest is compared with {HEAVIER!r}",
@@ -124,6 +131,11 @@ def pull(
 def broken(heads: tuple[Readout, Readout], seed: int) -> tuple[Readout, Readout]:
     """Both heads with shuffled weights: one order may help or harm by chance, so every batch has its own."""
     return shuffled(heads[0], seed), shuffled(heads[1], seed)
+
+
+def gradient_of(trials: Trials, arm: str) -> str:
+    """The median norm of the gradient in one arm, which says how hard its samples were pushed."""
+    return f"{trials.gradients[arm]:.2g}" if arm in trials.gradients else ""
 
 
 def change_of(rests: pd.DataFrame, arm: str) -> str:

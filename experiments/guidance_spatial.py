@@ -3,6 +3,7 @@
 Source: Luo, Darrell, Wang, Goldman & Holynski 2024 (arXiv 2312.02150), section 3.2 (spatially aligned control).
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
@@ -25,6 +26,8 @@ from interp.runs import Run
 from interp.zoo.readouts import estimator, head, head_about
 
 GUIDED, SHUFFLED, REVERSED = "guided", "shuffled head", "reversed gradient"
+# Signed steps are as long for any head; by the other rules a smaller gradient is a weaker push.
+LONGER = "shuffled head, steps as long"
 
 
 def run(
@@ -69,8 +72,13 @@ def run(
                 Arm(REVERSED, lambda part, guide=guide: reversed_guide(guide(part))),
             ]
             found = run_trials(sd, goals.prompts, arms, seeds=seeds, batch=batch, **sampling)
+            if rule != "signed_step":
+                times = found.gradients[GUIDED] / found.gradients[SHUFFLED]
+                longer = partial(guide_shuffled, readout, seed, targets, settings | {"step_size": times * step_size})
+                found |= run_trials(sd, goals.prompts, [Arm(LONGER, longer)], seeds=seeds, batch=batch, **sampling)
             errors = errors_by(judge, found.images, goals, name)
-            table = compared(errors).assign(property=name, time=found.relative_times())
+            gradients = [found.gradients.get(arm, math.nan) for arm in errors]
+            table = compared(errors).assign(property=name, time=found.relative_times(), gradient=gradients)
             tables_by_name.append(table)
             folder.save_table(f"{name}-errors", pd.DataFrame(errors))
             folder.save_figure(f"{name}-trials", figures.trial_dots(errors, label=ERRORS[name]).figure)
@@ -96,7 +104,7 @@ def guide_shuffled(
 
 def show(name: str, table: pd.DataFrame, readout: Readout, data: str) -> None:
     """Print the errors of all arms and what guiding changes, pair by pair."""
-    columns = ["arm", "median", "mean", "95 % interval", "paired difference", "p", "time"]
+    columns = ["arm", "median", "mean", "95 % interval", "paired difference", "p", "gradient", "time"]
     rows = []
     for row in table.to_dict("records"):
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
@@ -105,6 +113,7 @@ def show(name: str, table: pd.DataFrame, readout: Readout, data: str) -> None:
         )  # fmt: skip
         chance = "" if row["arm"] == UNGUIDED else f"{row['p']:.1g}"
         cells = [row["arm"], f"{row['median']:.3f}", f"{row['mean']:.3f}", interval, apart, chance]
-        rows.append([*cells, f"{row['time']:.1f} ×"])
+        push = "" if row["arm"] == UNGUIDED else f"{row['gradient']:.2g}"
+        rows.append([*cells, push, f"{row['time']:.1f} ×"])
     tables.show(columns, rows, title=f"{name}: {ERRORS[name]}, {int(table['n'][0])} trials")
     typer.echo(f"head: {n_parameters(readout.head):,} parameters, trained on {data}\n")

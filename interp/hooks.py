@@ -276,6 +276,8 @@ class Session(AbstractContextManager["Session"]):
 
     def _editor(self, edits: list[Applied]) -> Listener:
         def listen(x: Tensor) -> Tensor | None:
+            if getattr(_live, "untouched", False):
+                return None
             changed = False
             for applied in edits:
                 part = applied.apply(view(x, applied.place), self.clock.call, x.shape)
@@ -333,6 +335,18 @@ def captures_of(session: Session | None) -> Iterator[None]:
         yield
     finally:
         _live.awake = before
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Neither captures nor edits of this thread's sessions: for forwards that are no part of the run."""
+    before = getattr(_live, "untouched", False)
+    _live.untouched = True
+    try:
+        with captures_of(None):
+            yield
+    finally:
+        _live.untouched = before
 
 
 def _why_silent(tap: Tap) -> str:

@@ -14,7 +14,8 @@ from interp.readouts.readout import Readout
 def shuffled(readout: Readout, seed: int) -> Readout:
     """The same readout with the numbers in each of its head's weights in another order.
 
-    Every weight keeps its distribution, and the head its gradients' size; what it learned is gone.
+    Every weight keeps its distribution; what the head learned is gone. Its gradients are another size, mostly smaller,
+    which counts wherever steps are no signed ones: `Trials.gradients` has both.
 
     Args:
         readout: nothing of it changes.

@@ -41,8 +41,9 @@ class Guide:
             ``eps + step_size · g``, and the latents stay.
         step_size: see ``rule``; one for the run, or one for each of its steps.
         start, end: guided steps, in shares of the run: step i of n where ``int(start · n) <= i < int(end · n)``.
-        half: of classifier-free guidance whose activations count. ``"empty"``: the call with the empty prompt, which
-            readouts are trained on; it takes the place of the unconditional half where a negative prompt is given.
+        half: of classifier-free guidance whose activations count. ``"empty"``: those of the empty prompt, which
+            readouts are trained on, in a call beside the run's (a twin's too), whatever the negative prompt. Text
+            encoders encode it without edits; in the denoiser it counts as the unconditional half.
         recurrence: how many moves are made in a step, the losses anew for each; Adam's moments go on.
         checkpointing: compute activations again in the backward pass instead of keeping them: the same numbers, less
             memory, more time.

@@ -178,7 +178,7 @@ def steering(
             times = {step: solver.timesteps[step] for step in steps}
             guide.reference.check(terms, guide.halves, times, latents, empty=guide.half == "empty")
         else:
-            twin = _twin(guide.reference, guide, predict, another_solver(), latents, keep)
+            twin = _twin(guide.reference, guide, (predict, seen), another_solver(), latents, keep)
     with ExitStack() as stack:
         heads = [module for term in guide.terms for module in term.modules]
         stack.enter_context(without_weight_gradients([sd.denoiser, *heads]))
@@ -191,8 +191,11 @@ def steering(
             reader.session.taps.clear()
 
 
-def _twin(twin: Twin, guide: Any, predict: Guided, solver: Solver, latents: Latents, keep: bool) -> TwinRun:
+def _twin(
+    twin: Twin, guide: Any, denoisers: tuple[Guided, Guided], solver: Solver, latents: Latents, keep: bool
+) -> TwinRun:
     """The twin of a run, ready to start."""
+    predict, seen = denoisers
     start, scale, mixes = latents, predict.scale, predict.mixes
     if twin.seed is not None:
         generator = torch.Generator().manual_seed(twin.seed)
@@ -211,4 +214,6 @@ def _twin(twin: Twin, guide: Any, predict: Guided, solver: Solver, latents: Late
         with captures_of(None):
             text = conditions(predict.family, twin.prompt, len(latents), negative=twin.negative_prompt, guided=guided)
     own = replace(predict, text=text, scale=scale, mixes=mixes)
-    return TwinRun(own, guide.seen_by(own), solver, start, keep)
+    # One empty prompt serves both.
+    seen = own if seen is predict else replace(seen, text=replace(text, uncond=seen.text.uncond))
+    return TwinRun(own, seen, solver, start, keep)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from interp.errors import InputError, UnknownNameError, nearest
 from interp.guidance.guide import Guide
+from interp.guidance.terms import TOTAL
 from interp.metrics import bootstrap_interval
 from interp.models.diffusion import Diffusion
 from interp.progress import track
@@ -44,11 +45,22 @@ class Trials:
         images: of every arm, 0 to 1; trial i of all arms began with the same noise and prompt.
         references: the unguided images that the terms of an arm compared with, where they ran in lockstep.
         seconds: of every arm, for all its trials.
+        gradients: the norm of the gradient in each guided arm, median over trials and guided steps.
     """
 
     images: dict[str, Float[Tensor, "trial 3 height width"]]
     references: dict[str, Float[Tensor, "trial 3 height width"]]
     seconds: dict[str, float]
+    gradients: dict[str, float]
+
+    def __or__(self, other: "Trials") -> "Trials":
+        """The arms of both, which sampled the same trials."""
+        return Trials(
+            self.images | other.images,
+            self.references | other.references,
+            self.seconds | other.seconds,
+            self.gradients | other.gradients,
+        )
 
     def relative_times(self, baseline: str = UNGUIDED) -> list[float]:
         """The time of each arm beside the baseline's."""
@@ -93,6 +105,7 @@ def run_trials(
     images: dict[str, list[Tensor]] = {name: [] for name in names}
     references: dict[str, list[Tensor]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
+    norms: dict[str, list[float]] = {name: [] for name in names}
     parts = [range(at, min(at + batch, len(prompts))) for at in range(0, len(prompts), batch)]
     cells = [(part, arm) for part in parts for arm in arms]
     for part, arm in track(cells, "sampling with and without guidance") if progress else cells:
@@ -110,12 +123,15 @@ def run_trials(
         )
         images[arm.name].append(made.pixels.cpu())
         seconds[arm.name] += time.perf_counter() - started
+        if made.guidance is not None:
+            norms[arm.name] += made.guidance.loc[made.guidance["term"] == TOTAL, "gradient_norm"].tolist()
         if made.reference is not None:
             references[arm.name].append(made.reference.pixels.cpu())
     return Trials(
         {name: torch.cat(some) for name, some in images.items()},
         {name: torch.cat(some) for name, some in references.items() if some},
         seconds,
+        {name: float(np.median(some)) for name, some in norms.items() if some},
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.denoising import running
 from interp.errors import InputError, ShapeError
-from interp.hooks import Session, Stopped, captures_of
+from interp.hooks import Session, Stopped, untouched
 from interp.models.families.diffusion import DiffusionFamily, Text
 from interp.solvers import Solver
 
@@ -187,10 +187,10 @@ class Guided:
             return predict() if stop is None else until_captured(stop, halves, predict)
 
     def with_empty_prompt(self) -> "Guided":
-        """The same, whose unconditional half is the empty prompt in place of the negative one."""
-        with captures_of(None), running(step=None, halves=("uncond",)):
-            empty = self.family.encode([""] * len(self.text))
-        return replace(self, text=Conditioning(self.text.cond, empty))
+        """The same, whose unconditional half is the empty prompt, as the text encoders have it without edits."""
+        with untouched(), running(step=None, halves=("uncond",)):
+            empty = self.family.encode([""])
+        return replace(self, text=Conditioning(self.text.cond, empty.repeat(len(self.text))))
 
     def _rows(self, halves: tuple[str, ...]) -> Text:
         cond, uncond = self.text.cond, self.text.uncond

@@ -60,8 +60,8 @@ HEADS: dict[str, HeadRecipe] = {
         HeadRecipe("edge", "spatial", 1, "sparse_mse", 3e-3, "MSE"),
         HeadRecipe("keypoints", "keypoints", len(KEYPOINTS), "mse", 3e-3, "MSE"),
         HeadRecipe("correspondence", "features", None, "correspondence", 3e-3, "points missed"),
-        # Creatures are elsewhere in each picture, so that cells cannot be compared one by one; and most triplets are
-        # told apart early by species or background, which leaves few to learn colours from.
+        # Creatures are elsewhere in each picture, so that cells cannot be compared one by one; and half of the triplets
+        # are soon told apart by species or background, which leaves the others to learn colours from.
         HeadRecipe("appearance", "features", None, "pooled_appearance", 3e-3, WRONG_ORDER, 0.5, longer=3),
         HeadRecipe("identity", "features", None, "pooled_appearance", 3e-3, WRONG_ORDER, 0.5, longer=3),
     )
@@ -152,7 +152,7 @@ def error_of(name: str) -> Measure:
         UnknownNameError: no such head.
     """
     loss = recipe_of(name).loss
-    return _missed if loss == "correspondence" else _wrong_order if loss == "pooled_appearance" else _squared_error
+    return _missed if loss == "correspondence" else _wrong_order if loss.endswith("appearance") else _squared_error
 
 
 def error_of_the_mean(name: str, seen: InMemory, held_out: InMemory) -> float:

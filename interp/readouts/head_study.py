@@ -142,7 +142,7 @@ def study_head(sd: Diffusion, name: str, study: HeadStudy, folder: Path | None =
         if folder is not None:
             data = f"{n} creatures, seed {study.train_seed}"
             scores = {f"{recipe.error} at t={timestep:g}": error for timestep, error in by_timestep(table).items()}
-            save(readout, folder / f"{name}-{n}", About(sd.name, data, steps, scores))
+            save(readout, folder / f"{name}-{n}", About(sd.name, data, steps, scores, f"loss: {recipe.loss}"))
     head = readouts[max(study.samples)].head
     return HeadResult(readouts, trainings, pd.concat(tables, ignore_index=True), n_parameters(head), seconds)
 

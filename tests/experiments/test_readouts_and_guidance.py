@@ -73,6 +73,18 @@ def test_spatial_guidance_is_measured_by_the_estimator(tmp_path, capsys):
         load_experiment("guidance-spatial")(properties="poze")
 
 
+def test_a_shuffled_head_is_pushed_as_hard_where_steps_are_no_signed_ones(tmp_path, capsys):
+    options = ["--trials", "2", "--steps", "4", "--seed", "3", "--batch", "2", "--rule", "latent_gradient"]
+    command("guidance-spatial", "--properties", "edge", *options, "--step-size", "4", "--out", str(tmp_path))
+    table = only_run(tmp_path).load_table("comparison").set_index("arm")
+    longer, shuffled = "shuffled head, steps as long", "shuffled head"
+    assert list(table.index) == ["unguided", "guided", shuffled, "reversed gradient", longer]
+    assert np.isnan(table.loc["unguided", "gradient"]) and (table["gradient"].drop("unguided") > 0).all()
+    # Longer steps move samples farther from where they were without a guide.
+    assert abs(table.loc[longer, "difference"]) > abs(table.loc[shuffled, "difference"])
+    assert longer in capsys.readouterr().out
+
+
 def test_drags_are_measured_by_the_way_that_points_went(tmp_path):
     options = ["--trials", "2", "--steps", "4", "--seed", "3", "--batch", "2"]
     command("guidance-drag", *options, "--out", str(tmp_path))
@@ -84,6 +96,15 @@ def test_drags_are_measured_by_the_way_that_points_went(tmp_path):
     assert way.loc["unguided", "mean"] == 0  # where the points were is what the unguided image shows
     assert set(table[table["measure"] == "change of the rest"]["arm"]) == set(way.index) - {"unguided"}
     assert figures_of(run) == {"moved", "rest", "samples"}
+    drag = load_experiment("guidance-drag")
+    with pytest.raises(InputError, match="give finite weights, of the drag more than 0"):
+        drag(heavier=0.0)
+    with pytest.raises(InputError, match="appearance=nan"):
+        drag(appearance=float("nan"))
+    with pytest.raises(InputError, match="give --step-size"):
+        drag(rule="epsilon")
+    with pytest.raises(InputError, match="Did you mean 'signed_step'"):
+        drag(rule="signed_steps")
 
 
 def test_looks_are_compared_with_those_of_the_references(tmp_path):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interp.errors import InputError
+import interp
+from interp.errors import InputError, NeverFiredError
 from interp.guidance import Appearance, Drag, Guide, Identity, Reference, Spatial, Term, Twin
 from tests.guidance.closed_form import (
     CLOSE,
@@ -200,6 +201,27 @@ def test_a_recorded_reference_of_the_empty_prompt() -> None:
     torch.testing.assert_close(trajectory.latents, run(guide, start).latents, **CLOSE)
     with pytest.raises(InputError, match="recorded with half='empty', and this guide has another half"):
         run(replace(guide, half="uncond", reference=recorded), start)
+    other = Reference.record(model(), plain, replace(guide, half="uncond"), PROMPT, negative_prompt="")
+    with pytest.raises(InputError, match="recorded with another half, and this guide has half='empty'"):
+        run(replace(guide, reference=other), start)
+
+
+def test_edits_of_text_encoders_leave_the_empty_prompt_as_it_is() -> None:
+    start, prompts = draw(ROWS, 4, 8, 8, seed=16), [PROMPT, "a dog"]
+    guide = Guide(TERMS["drag"][0], start=0.25, end=0.75, half="empty", rule="latent_gradient", step_size=0.5)
+    site = "text_encoder.blocks.0.hook_resid_post"
+
+    def sampled(*edits: Any, prompt: Any = prompts) -> Tensor:
+        settings = {"steps": STEPS, "guidance_scale": 1.0, "latents": start, "progress": False}
+        return model().generate(prompt, guidance=guide, edits=edits, **settings).latents
+
+    # Of two prompts, the second is edited: the first one's sample does not notice, though both see the empty prompt.
+    plain, edited = sampled(), sampled(interp.Scale(site, 0.0, rows=[1]))
+    torch.testing.assert_close(edited[:, 0], plain[:, 0], **CLOSE)
+    assert (edited[:, 1] - plain[:, 1]).abs().max() > 1e-4
+    # Prompts that are encoded already leave an edit of the encoder nothing to change.
+    with pytest.raises(NeverFiredError):
+        sampled(interp.Scale(site, 0.0), prompt=model().prompt(prompts))
 
 
 def test_the_halves_one_after_the_other_are_the_same() -> None:

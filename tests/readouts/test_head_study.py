@@ -9,7 +9,7 @@ import torch
 
 import interp
 from interp.errors import InputError, ShapeError, UnknownNameError
-from interp.readouts import InMemory, PointPair, ReadoutHead, evaluate
+from interp.readouts import InMemory, PointPair, ReadoutHead, checkpoints, evaluate
 from interp.readouts.creature_heads import (
     HEADS,
     creature_examples,
@@ -21,7 +21,7 @@ from interp.readouts.creature_heads import (
 from interp.readouts.head_study import HEAD, MEAN, PIXELS, HeadStudy, study_head
 from interp.readouts.pixels import evaluate_on_pixels, pixel_head, train_on_pixels
 from interp.zoo.creatures import draw_scenes, render
-from interp.zoo.readouts import estimator, head, head_names, heads_folder
+from interp.zoo.readouts import estimator, head, head_about, head_names, heads_folder
 from interp.zoo.readouts.card import markdown
 from interp.zoo.readouts.estimator_training import accuracy
 from interp.zoo.readouts.train import SHIPPED
@@ -82,6 +82,7 @@ def test_a_study_measures_every_head_between_its_bounds(sd: interp.Diffusion, tm
     again = evaluate(sd, loaded, held_out, error_of("edge"), [900], latents=True, progress=False)["value"]
     own = found.errors[(found.errors["samples"] == 8) & (found.errors["timestep"] == 900)]["error"]
     np.testing.assert_allclose(again, own, rtol=1e-4)
+    assert checkpoints.about(tmp_path / "edge-8").notes == "loss: sparse_mse"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "heads").symlink_to(tmp_path)
     assert head("edge", sd, tmp_path / "run").name == "edge"  # of the most samples
@@ -97,13 +98,23 @@ def test_a_study_measures_every_head_between_its_bounds(sd: interp.Diffusion, tm
         recipe_of("poze")
 
 
+def test_triplets_are_trained_for_longer(sd: interp.Diffusion, tmp_path):
+    study = HeadStudy((4,), held_out=4, timesteps=(1,), steps=2, batch=2, dim=16, width=16)
+    found = study_head(sd, "identity", study, tmp_path)
+    about = checkpoints.about(tmp_path / "identity-4")
+    assert len(found.trainings[4].history) == about.training_steps == 6
+    assert about.notes == "loss: pooled_appearance"
+
+
 def test_heads_that_ship_read_as_their_card_says(sd: interp.Diffusion):
     card = json.loads((heads_folder() / "card.json").read_text())
     assert head_names() == sorted(SHIPPED) == sorted(card["heads"])
     assert set(SHIPPED) < set(HEADS)
     assert (heads_folder() / "README.md").read_text() == markdown(card)
     largest = str(max(card["study"]["samples"]))
-    for stated in card["heads"].values():
+    for name, stated in card["heads"].items():
+        about = head_about(name)
+        assert about.training_steps == stated["steps"] == card["study"]["steps"] * recipe_of(name).longer
         read = stated["by samples and timestep"][largest]
         # Below a middling noise level every head knows more than the mean does.
         assert max(read[time] for time in ("1", "100", "250")) < stated[MEAN]

@@ -68,7 +68,8 @@ def install(work: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         for file in ("readout.safetensors", "readout.json"):
             shutil.copyfile(work / f"{name}-{largest}" / file, home / file)
-        heads[name] = measured(pd.read_csv(work / name / ERRORS), name)
+        steps = json.loads((home / "readout.json").read_text())["about"]["training_steps"]
+        heads[name] = measured(pd.read_csv(work / name / ERRORS), name, steps)
     sd = Diffusion.from_pretrained(f"zoo:{MODEL}")
     rendered = render(draw_scenes(HELD_OUT, HELD_OUT_SEED))
     seen = {
@@ -80,15 +81,15 @@ def install(work: Path) -> None:
     write_card(model / "readouts", asdict(STUDY), heads, {"training": stage, **data, "accuracy": seen})
 
 
-def measured(errors: pd.DataFrame, name: str) -> dict[str, Any]:
-    """The mean errors of a head and of its bounds."""
+def measured(errors: pd.DataFrame, name: str, steps: int) -> dict[str, Any]:
+    """How long a head was trained, and the mean errors of it and of its bounds."""
     largest = max(STUDY.samples)
     means = errors.groupby(["head", "samples"])["error"].mean()
     own = errors[errors["head"] == HEAD]
     return {
         "error": recipe_of(name).error,
         "lr": recipe_of(name).lr,
-        "steps": STUDY.steps * recipe_of(name).longer,
+        "steps": steps,
         MEAN: round(float(means[MEAN, largest]), 5),
         PIXELS: round(float(means[PIXELS, largest]), 5),
         "by samples and timestep": {str(n): by_timestep(rows) for n, rows in own.groupby("samples")},
