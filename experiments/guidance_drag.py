@@ -65,6 +65,7 @@ def run(
         raise InputError(f"heavier={heavier}, appearance={appearance}: give finite weights, of the drag more than 0")
     if step_size is None and rule == "epsilon":
         raise InputError("rule='epsilon' has no step size of its own here: give --step-size")
+    # A rule that does not exist is refused below, whatever its steps.
     chosen = {"rule": rule, "step_size": STEP_SIZES.get(rule, 1.0) if step_size is None else step_size, "end": end}
     check_sampling(chosen, steps=steps, guidance_scale=guidance_scale, out=out)
     sd = interp.Diffusion.from_pretrained(model)

@@ -42,7 +42,7 @@ def run(
     ),
     trials: Annotated[int, typer.Option(min=2, help="Prompts, each with a seed of its own.")] = 64,
     steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 50,
-    step_size: Annotated[float, typer.Option(help="Of the signed steps; 0.02 in the paper.")] = 0.05,
+    step_size: Annotated[float, typer.Option(help="0.02 in the paper; latent_gradient needs some 4.")] = 0.05,
     end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the run that is guided.")] = 0.5,
     rule: Annotated[str, typer.Option(help="signed_step, latent_gradient or epsilon.")] = "signed_step",
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 3.0,

@@ -134,7 +134,12 @@ class Guide:
     def needs_uncond(self) -> bool:
         """Whether the unconditional half has to be there, also where the run itself has none."""
         twin = self.reference.guidance_scale if isinstance(self.reference, Twin) and self.compares else None
-        return bool(self.terms) and (self.half in ("both", "uncond") or (twin is not None and twin > 1))
+        return bool(self.terms) and (self.reads_uncond or (twin is not None and twin > 1))
+
+    @property
+    def reads_uncond(self) -> bool:
+        """Whether activations of the run's own unconditional half count."""
+        return self.half in ("both", "uncond")
 
     def steps(self, n_steps: int) -> range:
         """The guided steps of a run.

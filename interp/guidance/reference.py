@@ -157,7 +157,7 @@ class Reference:
         if missing:
             raise InputError(f"the trajectory lacks the latents of step {missing[0]}: run it with keep_latents=True")
         reader = Reader(sd, terms)
-        text = conditions(sd.adapter, prompt, rows, negative=negative_prompt, guided=guide.half in ("both", "uncond"))
+        text = conditions(sd.adapter, prompt, rows, negative=negative_prompt, guided=guide.reads_uncond)
         readings: dict[tuple[int, str, str], Reading] = {}
         with reader.session:
             run = Guided(sd.adapter, solver, text, 1.0, False, guidance_scale, "batch", reader.session, None)

@@ -210,7 +210,7 @@ def _twin(
         scale, mixes = twin.guidance_scale, twin.guidance_scale > 1
     text = predict.text
     if twin.prompt is not None:
-        guided = mixes or guide.half in ("both", "uncond")
+        guided = mixes or guide.reads_uncond
         with captures_of(None):
             text = conditions(predict.family, twin.prompt, len(latents), negative=twin.negative_prompt, guided=guided)
     own = replace(predict, text=text, scale=scale, mixes=mixes)
